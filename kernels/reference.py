@@ -1,0 +1,296 @@
+"""Plain-PyTorch definition of every format and op of pq_fx: quantize, dequantize, rotate, carriers.
+
+Any device; all arithmetic in fp32 from the input's dtype, every step a correctly rounded operation
+in a stated order, so that a kernel can agree bit for bit. The functions are traceable (no data
+dependent Python, symbolic row counts): Inductor compiles them on a CPU as the ops' decompositions.
+
+NaN and Inf in a group of the input make that group NaN after dequantize (nvfp4 and mxfp4: as
+torchao); they are never hidden. Norms, activations and the linear ops are in `reference_ops`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pq_fx.errors import FormatError
+from pq_fx.kernels.formats import Format
+
+# Smallest scale of int4, int3, fp8 and int8: zero groups divide by it instead of by zero, and neither
+# it nor a quotient of two scales comes near fp32's subnormals, which some devices flush.
+SCALE_FLOOR = 2.0**-100
+# Smallest row scale of the "e4m3" carrier.
+ROW_SCALE_FLOOR = 2.0**-120
+# Smallest nvfp4 group scale: e4m3's smallest normal number, as torchao and ModelOpt clamp it.
+E4M3_TINY = 2.0**-6
+E4M3_MAX = 448.0
+# Clip ratios worth trying for weights; 1.5 for nvfp4 is amax/4 next to amax/6.
+WEIGHT_CLIP_RATIOS: tuple[float, ...] = tuple(1.0 - 0.03 * i for i in range(16))
+NVFP4_CLIP_RATIOS: tuple[float, ...] = (1.0, 1.5)
+
+_MIN_NORMAL = 2.0**-126
+
+
+class Quantized(NamedTuple):
+    """A quantized tensor, not packed.
+
+    Attributes:
+        codes: uint8 [..., K] code points (see `pq_fx.kernels.formats`).
+        scale: [..., K / group] in its storage dtype: bf16 for "bf16" and "pow2", float8_e4m3fn for
+            "e4m3", uint8 exponents for "e8m0" (value 2^(byte - 127), 255 is NaN), fp32 for "fp32".
+        global_scale: fp32 [] that multiplies every nvfp4 scale, or None (counts as 1).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    global_scale: Tensor | None
+
+
+def nvfp4_global_scale(amax: Tensor) -> Tensor:
+    """Per-tensor scale fp32 of nvfp4 from the tensor's largest magnitude: amax / (448 * 6).
+
+    Kept above 2^-100 so that an all-zero tensor does not divide by zero.
+    """
+    return _divide(amax.float(), E4M3_MAX * 6.0).clamp(min=SCALE_FLOOR)
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format,
+    *,
+    global_scale: Tensor | None = None,
+    scale_search: Sequence[float] = (),
+) -> Quantized:
+    """Quantize the last axis of `x` [..., K] by groups.
+
+    Args:
+        x: float tensor (16 or 32 bit), any leading shape, also empty.
+        fmt: the format; K must be a multiple of its group.
+        global_scale: fp32 [], nvfp4 only: two-level scaling (`nvfp4_global_scale`).
+        scale_search: ratios; the scale is computed from ratio * amax for each, and per group the one
+            with the least squared error is kept (the first among equals). Empty: ratio 1 alone.
+
+    Raises:
+        FormatError: K is not a multiple of the group, or a global scale for another format.
+    """
+    channels = x.shape[-1]
+    fmt.check_channels(channels)
+    if global_scale is not None and not fmt.two_level:
+        raise FormatError(f"{fmt.key} has no global scale; only nvfp4 has two-level scaling")
+    groups = x.float().unflatten(-1, (fmt.groups(channels), fmt.group_size or channels))
+    amax = groups.abs().amax(dim=-1, keepdim=True)
+    if len(scale_search) == 0:
+        scale = _group_scale(groups, amax, fmt, global_scale)
+        codes = _encode(groups, scale, fmt, global_scale)
+    else:
+        codes, scale = _search(groups, amax, fmt, global_scale, scale_search)
+    return Quantized(codes.flatten(-2), scale.squeeze(-1), global_scale)
+
+
+def dequantize(q: Quantized, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values [..., K] of a quantized tensor: element * (scale * global scale), fp32, then `dtype`."""
+    values = element_values(q.codes, fmt).unflatten(-1, (q.scale.shape[-1], -1))
+    return (values * scale_values(q.scale, fmt, q.global_scale).unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def fake_quantize(
+    x: Tensor,
+    fmt: Format,
+    *,
+    global_scale: Tensor | None = None,
+    scale_search: Sequence[float] = (),
+) -> Tensor:
+    """Quantize and dequantize: `x` as its format represents it, in x's dtype."""
+    q = quantize(x, fmt, global_scale=global_scale, scale_search=scale_search)
+    return dequantize(q, fmt, x.dtype)
+
+
+def scale_values(scale: Tensor, fmt: Format, global_scale: Tensor | None = None) -> Tensor:
+    """Stored scales as fp32 factors of the elements (global scale multiplied in, as torchao does)."""
+    if fmt.scale == "e8m0":
+        wide = scale.to(torch.int32)
+        value = (wide << 23).view(torch.float32)
+        value = torch.where(wide == 0, 2.0**-127, value)
+        return torch.where(wide == 255, math.nan, value)
+    value = scale.float()
+    return value if global_scale is None else global_scale.float() * value
+
+
+def element_values(codes: Tensor, fmt: Format) -> Tensor:
+    """fp32 values of code points, before their scale. Code points outside the format: undefined."""
+    if fmt.element == "e4m3":
+        return codes.view(torch.float8_e4m3fn).float()
+    if fmt.element == "int8":
+        return codes.view(torch.int8).float()
+    sign_bit = 1 << (fmt.bits - 1)
+    magnitude = (codes & (sign_bit - 1)).float()
+    if fmt.element == "e2m1":  # 0 .5 1 1.5 | 2 3 | 4 6
+        magnitude = torch.where(
+            magnitude < 4,
+            magnitude * 0.5,
+            torch.where(magnitude < 6, magnitude - 2.0, magnitude * 2.0 - 8.0),
+        )
+    return torch.where(codes >= sign_bit, -magnitude, magnitude)
+
+
+def e4m3_operand(q: Quantized, fmt: Format) -> tuple[Tensor, Tensor]:
+    """The "e4m3" carrier of a quantized tensor: the group scale lies inside the fp8 operand.
+
+    Returns (data float8_e4m3fn [..., K], row scale r fp32 [..., 1]), with
+    ``s`` = scale * global scale, ``r = max(max over the row of s / operand_gain, 2^-120)`` and
+    ``data = e4m3((element * (s / r)))``, nearest even. operand_gain is a power of two, so data is exact
+    when every s is a power of two times the largest one (mxfp4, "pow2") and for plain fp8 rows, where
+    r = s and data are the codes. For int4 r equals max(s * 7) / 448 exactly.
+    """
+    scale = scale_values(q.scale, fmt, q.global_scale)
+    row = (scale.amax(dim=-1, keepdim=True) * (1.0 / fmt.operand_gain)).clamp(min=ROW_SCALE_FLOOR)
+    values = element_values(q.codes, fmt).unflatten(-1, (q.scale.shape[-1], -1))
+    # Clamped because a group scale is at most the row's, so only NaN could leave the range.
+    data = (values * (scale / row).unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
+    return data.flatten(-2).to(torch.float8_e4m3fn), row
+
+
+def rotate(x: Tensor, size: int) -> Tensor:
+    """Multiply every `size` contiguous channels by H / sqrt(size), H Sylvester-Hadamard; 0 = x.
+
+    Computed as a butterfly in fp32 (strides 1, 2, 4, ..., each stage (a + b, a - b)), then one product
+    with 1 / sqrt(size): the order is part of the definition, so kernels agree bit for bit. fp64 stays
+    fp64. Returns fp32 (or fp64) for size > 0. H is symmetric, so it is its own inverse.
+
+    Raises:
+        FormatError: size is not a power of two that divides K.
+    """
+    if size == 0:
+        return x
+    if size & (size - 1) or size < 0 or x.shape[-1] % size:
+        raise FormatError(
+            f"rotation size {size} is not a power of two that divides K={x.shape[-1]}; "
+            "use the group size, or 0 for none"
+        )
+    y = x if x.dtype == torch.float64 else x.float()
+    stride = 1
+    while stride < size:
+        # Axis -2 tells a from b, axis -1 the position inside the stride.
+        a, b = y.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        y = torch.stack([a + b, a - b], dim=-2).flatten(-3)
+        stride *= 2
+    return y * (1.0 / math.sqrt(size))
+
+
+def permute_rotate(x: Tensor, perm: Tensor | None, size: int) -> Tensor:
+    """``rotate(x[..., perm], size)``; perm int32 or int64 [K], None = identity."""
+    if perm is not None:
+        x = x.index_select(-1, perm)
+    return rotate(x, size)
+
+
+def _divide(x: Tensor, divisor: float) -> Tensor:
+    # True division: eager CUDA multiplies by the reciprocal when the divisor is a Python number.
+    return x / torch.full((), divisor, dtype=torch.float32, device=x.device)
+
+
+def _floor_pow2(x: Tensor) -> Tensor:
+    """Largest power of two <= x for normal fp32 x; NaN and Inf give Inf."""
+    return (x.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)
+
+
+def _group_scale(
+    groups: Tensor, amax: Tensor, fmt: Format, global_scale: Tensor | None
+) -> Tensor:
+    """Scales [..., G, 1] in their storage dtype, from groups [..., G, g] and their amax [..., G, 1]."""
+    if fmt.scale == "e8m0":
+        # OCP MX v1.0 section 6.3: floor(log2(amax)) - 2, 2 being e2m1's largest exponent.
+        exponent = ((amax.contiguous().view(torch.int32) >> 23) & 255) - 2
+        return torch.where(amax.isnan(), 255, exponent.clamp(min=0)).to(torch.uint8)
+    if fmt.scale == "e4m3":
+        scale = _divide(amax, fmt.max_value)
+        if global_scale is not None:
+            scale = scale / global_scale.float()
+        return scale.clamp(min=E4M3_TINY, max=E4M3_MAX).to(torch.float8_e4m3fn)
+    if fmt.scale == "pow2":
+        return _pow2_scale(groups, amax, fmt)
+    scale = _divide(amax, fmt.max_value).clamp(min=SCALE_FLOOR)
+    return scale.to(torch.bfloat16) if fmt.scale == "bf16" else scale
+
+
+def _pow2_scale(groups: Tensor, amax: Tensor, fmt: Format) -> Tensor:
+    """The smallest power of two >= amax / max_value, or its half where that has less squared error.
+
+    Errors are compared as sums of round((x / s - q)^2 * 2^12) in units of the larger scale: integers
+    below 2^24 for groups up to 128, so the sums are exact in any order of summation.
+    """
+    floor_exponent = math.floor(math.log2(fmt.max_value))
+    scale = (_floor_pow2(amax) * 2.0**-floor_exponent).clamp(min=SCALE_FLOOR)
+    scale = torch.where(scale * fmt.max_value < amax, scale * 2.0, scale)
+    scaled = groups / scale
+    top = fmt.max_value
+    full = scaled - scaled.round().clamp(-top, top)
+    doubled = scaled * 2.0
+    half = (doubled - doubled.round().clamp(-top, top)) * 0.5
+    full_error = (full * full * 4096.0).round().sum(dim=-1, keepdim=True)
+    half_error = (half * half * 4096.0).round().sum(dim=-1, keepdim=True)
+    better = (half_error < full_error) & (scale > SCALE_FLOOR)
+    return torch.where(better, scale * 0.5, scale).to(torch.bfloat16)
+
+
+def _encode(groups: Tensor, scale: Tensor, fmt: Format, global_scale: Tensor | None) -> Tensor:
+    """Code points uint8 [..., G, g] of groups under stored scales [..., G, 1]."""
+    top = fmt.max_value
+    if fmt.element == "e2m1":
+        if fmt.scale == "e4m3":
+            one = torch.ones((), dtype=torch.float32, device=groups.device)
+            # A product with the reciprocal, in torchao's order: (1 / global) / scale.
+            numerator = one if global_scale is None else one / global_scale.float()
+            scaled = groups * (numerator / scale.float())
+        else:
+            scaled = groups / scale_values(scale, fmt).clamp(min=_MIN_NORMAL)
+        return _encode_e2m1(scaled)
+    scaled = groups / scale.float()
+    if fmt.element == "e4m3":
+        return scaled.clamp(-top, top).to(torch.float8_e4m3fn).view(torch.uint8)
+    integer = scaled.round().clamp(-top, top)
+    if fmt.element == "int8":
+        return integer.to(torch.int8).view(torch.uint8)
+    sign_bit = float(1 << (fmt.bits - 1))
+    # -0.0 < 0 is false, so no code point is a negative zero.
+    return (integer.abs() + torch.where(integer < 0, sign_bit, 0.0)).to(torch.uint8)
+
+
+def _encode_e2m1(scaled: Tensor) -> Tensor:
+    """e2m1 code points, nearest even, saturating; the sign bit also of negative zeros (as torchao)."""
+    a = scaled.abs().clamp(max=6.0)
+    # Steps of the representable values: 0.5 below 2, 1 below 4, 2 above.
+    upper = torch.where(a < 4.0, a.round() + 2.0, (a * 0.5).round() + 4.0)
+    code = torch.where(a < 2.0, (a * 2.0).round(), upper)
+    return (code + torch.where(scaled.signbit(), 8.0, 0.0)).to(torch.uint8)
+
+
+def _search(
+    groups: Tensor,
+    amax: Tensor,
+    fmt: Format,
+    global_scale: Tensor | None,
+    ratios: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the best ratio of each group; memory of two candidates, not of all."""
+    best_codes = best_scale = best_error = None
+    for ratio in ratios:
+        clipped = amax * ratio
+        scale = _group_scale(groups, clipped, fmt, global_scale)
+        codes = _encode(groups, scale, fmt, global_scale)
+        values = element_values(codes, fmt) * scale_values(scale, fmt, global_scale)
+        error = (values - groups).square().sum(dim=-1, keepdim=True)
+        if best_codes is None or best_scale is None or best_error is None:
+            best_codes, best_scale, best_error = codes, scale, error
+            continue
+        better = error < best_error
+        best_codes = torch.where(better, codes, best_codes)
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
+    if best_codes is None or best_scale is None:
+        raise FormatError("scale_search is empty; pass at least one ratio")
+    return best_codes, best_scale
