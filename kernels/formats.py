@@ -1,7 +1,7 @@
 """Number formats: element type, group size and scale type of a quantized weight or activation.
 
-A format is named by one string, its key, e.g. ``"int4:64:bf16"``; ops, checkpoints and reports carry
-that string. Code points (one ``uint8`` an element before packing):
+A format is named by one string, its key, e.g. ``"int4:64:bf16"``; ops, checkpoints and reports
+carry that string. Code points (one ``uint8`` an element before packing):
 
 =======  ====================================================  =========
 name     code point                                            max_value
@@ -72,9 +72,7 @@ class Format:
     def __post_init__(self) -> None:
         known = _ELEMENTS.get(self.name)
         if known is None:
-            raise FormatError(
-                f"unknown format {self.name!r}; known: {', '.join(FORMAT_NAMES)}"
-            )
+            raise FormatError(f"unknown format {self.name!r}; known: {', '.join(FORMAT_NAMES)}")
         if self.group_size not in known.groups:
             raise FormatError(
                 f"{self.name} has no group size {self.group_size}; "
@@ -127,7 +125,7 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits an element, group scales included (a row's or a tensor's scale counts as 0)."""
+        """Stored bits an element, group scales included (one scale a row or tensor counts as 0)."""
         if self.group_size == 0:
             return float(self.bits)
         return self.bits + _SCALE_BITS[self.scale] / self.group_size
@@ -145,9 +143,7 @@ class Format:
         if self.group_size:
             if channels % self.group_size == 0:
                 return
-            fitting = [
-                g for g in sorted(_ELEMENTS[self.name].groups) if g and channels % g == 0
-            ]
+            fitting = [g for g in sorted(_ELEMENTS[self.name].groups) if g and channels % g == 0]
             way_out = (
                 f"use a group_size out of {fitting}"
                 if fitting

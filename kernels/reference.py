@@ -20,8 +20,8 @@ from torch import Tensor
 from pq_fx.errors import FormatError
 from pq_fx.kernels.formats import Format
 
-# Smallest scale of int4, int3, fp8 and int8: zero groups divide by it instead of by zero, and neither
-# it nor a quotient of two scales comes near fp32's subnormals, which some devices flush.
+# Smallest scale of int4, int3, fp8 and int8: zero groups divide by it instead of by zero, and it
+# keeps scales and their quotients away from fp32's subnormals, which some devices flush.
 SCALE_FLOOR = 2.0**-100
 # Smallest row scale of the "e4m3" carrier.
 ROW_SCALE_FLOOR = 2.0**-120
@@ -71,8 +71,8 @@ def quantize(
         x: float tensor (16 or 32 bit), any leading shape, also empty.
         fmt: the format; K must be a multiple of its group.
         global_scale: fp32 [], nvfp4 only: two-level scaling (`nvfp4_global_scale`).
-        scale_search: ratios; the scale is computed from ratio * amax for each, and per group the one
-            with the least squared error is kept (the first among equals). Empty: ratio 1 alone.
+        scale_search: ratios; the scale is computed from ratio * amax for each, and per group the
+            one with the least squared error is kept, the first of equals. Empty: ratio 1 alone.
 
     Raises:
         FormatError: K is not a multiple of the group, or a global scale for another format.
@@ -92,7 +92,7 @@ def quantize(
 
 
 def dequantize(q: Quantized, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values [..., K] of a quantized tensor: element * (scale * global scale), fp32, then `dtype`."""
+    """Values [..., K]: element * (scale * global scale), computed in fp32, returned in `dtype`."""
     values = element_values(q.codes, fmt).unflatten(-1, (q.scale.shape[-1], -1))
     return (values * scale_values(q.scale, fmt, q.global_scale).unsqueeze(-1)).flatten(-2).to(dtype)
 
@@ -110,7 +110,7 @@ def fake_quantize(
 
 
 def scale_values(scale: Tensor, fmt: Format, global_scale: Tensor | None = None) -> Tensor:
-    """Stored scales as fp32 factors of the elements (global scale multiplied in, as torchao does)."""
+    """Stored scales as fp32 factors of the elements, global scale multiplied in as torchao does."""
     if fmt.scale == "e8m0":
         wide = scale.to(torch.int32)
         value = (wide << 23).view(torch.float32)
@@ -142,9 +142,9 @@ def e4m3_operand(q: Quantized, fmt: Format) -> tuple[Tensor, Tensor]:
 
     Returns (data float8_e4m3fn [..., K], row scale r fp32 [..., 1]), with
     ``s`` = scale * global scale, ``r = max(max over the row of s / operand_gain, 2^-120)`` and
-    ``data = e4m3((element * (s / r)))``, nearest even. operand_gain is a power of two, so data is exact
-    when every s is a power of two times the largest one (mxfp4, "pow2") and for plain fp8 rows, where
-    r = s and data are the codes. For int4 r equals max(s * 7) / 448 exactly.
+    ``data = e4m3(element * (s / r))``, nearest even. operand_gain is a power of two, so data is exact
+    when every s is a power of two times the largest one (mxfp4, "pow2", down to 2^-15 of it) and for
+    plain fp8 rows, where r = s and data are the codes. For int4, r equals max(s * 7) / 448 exactly.
     """
     scale = scale_values(q.scale, fmt, q.global_scale)
     row = (scale.amax(dim=-1, keepdim=True) * (1.0 / fmt.operand_gain)).clamp(min=ROW_SCALE_FLOOR)
@@ -157,9 +157,9 @@ def e4m3_operand(q: Quantized, fmt: Format) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, size: int) -> Tensor:
     """Multiply every `size` contiguous channels by H / sqrt(size), H Sylvester-Hadamard; 0 = x.
 
-    Computed as a butterfly in fp32 (strides 1, 2, 4, ..., each stage (a + b, a - b)), then one product
-    with 1 / sqrt(size): the order is part of the definition, so kernels agree bit for bit. fp64 stays
-    fp64. Returns fp32 (or fp64) for size > 0. H is symmetric, so it is its own inverse.
+    Computed as a butterfly in fp32 (strides 1, 2, 4, ..., each stage (a + b, a - b)), then one
+    product with 1 / sqrt(size): the order is part of the definition, so kernels agree bit for bit.
+    fp64 stays fp64; for size > 0 other dtypes give fp32. H is symmetric: its own inverse.
 
     Raises:
         FormatError: size is not a power of two that divides K.
@@ -198,10 +198,8 @@ def _floor_pow2(x: Tensor) -> Tensor:
     return (x.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
-def _group_scale(
-    groups: Tensor, amax: Tensor, fmt: Format, global_scale: Tensor | None
-) -> Tensor:
-    """Scales [..., G, 1] in their storage dtype, from groups [..., G, g] and their amax [..., G, 1]."""
+def _group_scale(groups: Tensor, amax: Tensor, fmt: Format, global_scale: Tensor | None) -> Tensor:
+    """Stored scales [..., G, 1] from groups fp32 [..., G, g] and their amax [..., G, 1]."""
     if fmt.scale == "e8m0":
         # OCP MX v1.0 section 6.3: floor(log2(amax)) - 2, 2 being e2m1's largest exponent.
         exponent = ((amax.contiguous().view(torch.int32) >> 23) & 255) - 2
@@ -218,10 +216,10 @@ def _group_scale(
 
 
 def _pow2_scale(groups: Tensor, amax: Tensor, fmt: Format) -> Tensor:
-    """The smallest power of two >= amax / max_value, or its half where that has less squared error.
+    """The smallest power of two >= amax / max_value, or its half where that has less error.
 
-    Errors are compared as sums of round((x / s - q)^2 * 2^12) in units of the larger scale: integers
-    below 2^24 for groups up to 128, so the sums are exact in any order of summation.
+    Compared are sums of round((x / s - q)^2 * 2^12), s the larger scale: integers below 2^24 for
+    groups up to 128, so the sums are exact in any order of summation.
     """
     floor_exponent = math.floor(math.log2(fmt.max_value))
     scale = (_floor_pow2(amax) * 2.0**-floor_exponent).clamp(min=SCALE_FLOOR)
@@ -261,7 +259,7 @@ def _encode(groups: Tensor, scale: Tensor, fmt: Format, global_scale: Tensor | N
 
 
 def _encode_e2m1(scaled: Tensor) -> Tensor:
-    """e2m1 code points, nearest even, saturating; the sign bit also of negative zeros (as torchao)."""
+    """e2m1 code points, nearest even, saturating; negative zeros keep their sign as in torchao."""
     a = scaled.abs().clamp(max=6.0)
     # Steps of the representable values: 0.5 below 2, 1 below 4, 2 above.
     upper = torch.where(a < 4.0, a.round() + 2.0, (a * 0.5).round() + 4.0)

@@ -1,0 +1,1 @@
+"""Fused kernels, formats and their plain PyTorch reference."""

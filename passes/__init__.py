@@ -1,0 +1,1 @@
+"""Graph passes: retrace, channels, regions, observe, choose, fold, lower, verify."""

@@ -1,0 +1,86 @@
+"""Every private or unstable import from torch, in one leaf file.
+
+What each name is used for, and where it lives in torch 2.11 to 2.13, is said beside it; nothing else
+in pq_fx may import from `torch._dynamo`, `torch._inductor`, `torch._guards` or `torch.fx.experimental`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._guards import detect_fake_mode
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = [
+    "ConstantSource",
+    "FakeTensor",
+    "FakeTensorMode",
+    "compile_fx",
+    "detect_fake_mode",
+    "dim_expr",
+    "dynamo_root",
+    "dynamo_value",
+    "hint",
+    "make_fx",
+    "real_mode",
+    "statically_known_true",
+    "trace_pre_dispatch",
+    "unset_fake_temporarily",
+]
+
+
+def dim_expr(size: int | torch.SymInt) -> sympy.Expr:
+    """The size of a dimension as a sympy expression; reading it adds no guard."""
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+
+
+def hint(size: int | torch.SymInt, default: int = 1) -> int:
+    """The size seen while tracing, without specializing on it; `default` where it is unbacked."""
+    if isinstance(size, int):
+        return size
+    value = size.node.hint if size.node.has_hint() else None
+    return default if value is None else int(value)
+
+
+def real_mode() -> Any:
+    """A context in which tensors are real: no fake mode, no functionalization, no dispatch modes."""
+    return _disable_current_modes()
+
+
+def trace_pre_dispatch(
+    function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode | None
+) -> fx.GraphModule:
+    """Trace `function` to ATen before any decomposition; `inputs` are fake tensors and SymInts."""
+    with fx.traceback.preserve_node_meta():
+        traced = make_fx(function, pre_dispatch=True)
+        if mode is None:
+            return traced(*inputs)
+        with mode:
+            return traced(*inputs)
+
+
+def dynamo_root() -> torch.nn.Module | None:
+    """The module whose forward Dynamo is compiling just now (`self` of the root frame), or None."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:
+        return None
+    root = output.local_scope.get("self")
+    return root if isinstance(root, torch.nn.Module) else None
+
+
+def dynamo_value(node: fx.Node) -> Any:
+    """The real argument behind a placeholder of Dynamo's graph, or None outside Dynamo."""
+    grapharg = node.meta.get("grapharg")
+    return None if grapharg is None else grapharg.example

@@ -1,0 +1,31 @@
+"""The errors of pq_fx: each says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class PQError(Exception):
+    """Base of every error that pq_fx raises on purpose."""
+
+
+class ConfigError(PQError, ValueError):
+    """A setting is unknown, out of range or contradicts another one."""
+
+
+class FormatError(PQError, ValueError):
+    """A number format is unknown, or a tensor does not fit it (channels not a multiple of the group)."""
+
+
+class UnsupportedDeviceError(PQError, RuntimeError):
+    """A device cannot run the wanted formats; the message names the device and what to use."""
+
+
+class GraphError(PQError, RuntimeError):
+    """A graph breaks a rule that the passes rely on; nothing was changed."""
+
+
+class CalibrationError(PQError, RuntimeError):
+    """Statistics are missing, not finite, or do not belong to this model."""
+
+
+class CheckpointError(PQError, RuntimeError):
+    """A saved model is damaged, of another version, or of another architecture."""
