@@ -36,7 +36,7 @@ def pack(codes: Tensor, fmt: Format) -> Tensor:
     """Pack code points uint8 [..., K] into uint8 [..., K * bits / 8].
 
     Raises:
-        FormatError: codes are not uint8, or K does not fill whole bytes (int3: K % 8; 4 bits: K % 2).
+        FormatError: codes are not uint8, or K does not fill whole bytes (int3 K % 8, 4 bits K % 2).
     """
     if codes.dtype != torch.uint8:
         raise FormatError(f"pack wants uint8 code points, got {codes.dtype}; call quantize first")

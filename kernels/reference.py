@@ -142,9 +142,10 @@ def e4m3_operand(q: Quantized, fmt: Format) -> tuple[Tensor, Tensor]:
 
     Returns (data float8_e4m3fn [..., K], row scale r fp32 [..., 1]), with
     ``s`` = scale * global scale, ``r = max(max over the row of s / operand_gain, 2^-120)`` and
-    ``data = e4m3(element * (s / r))``, nearest even. operand_gain is a power of two, so data is exact
-    when every s is a power of two times the largest one (mxfp4, "pow2", down to 2^-15 of it) and for
-    plain fp8 rows, where r = s and data are the codes. For int4, r equals max(s * 7) / 448 exactly.
+    ``data = e4m3(element * (s / r))``, nearest even. operand_gain is a power of two, so data is
+    exact when every s is a power of two times the largest one (mxfp4, "pow2"; down to 2^-15 of it)
+    and for plain fp8 rows, where r = s and data are the codes. For int4, r = max(s * 7) / 448.
+    One NaN makes its row NaN.
     """
     scale = scale_values(q.scale, fmt, q.global_scale)
     row = (scale.amax(dim=-1, keepdim=True) * (1.0 / fmt.operand_gain)).clamp(min=ROW_SCALE_FLOOR)

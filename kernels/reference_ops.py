@@ -1,0 +1,217 @@
+"""Plain-PyTorch definition of the ops in namespace ``pq``: same arguments, any device, traceable.
+
+These run on a CPU, are the decompositions that Inductor compiles there, and are what the Triton
+kernels are tested against. Norms, activations and products are fp32; they agree with a kernel up to
+the order of fp32 sums, everything after them step by step (`pq_fx.kernels.reference`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pq_fx.errors import ConfigError, FormatError
+from pq_fx.kernels.formats import Format
+from pq_fx.kernels.pack import channels_of, unpack
+from pq_fx.kernels.reference import (
+    Quantized,
+    dequantize,
+    e4m3_operand,
+    permute_rotate,
+)
+from pq_fx.kernels.reference import quantize as quantize_groups
+
+CARRIERS = ("codes", "e4m3")
+NORMS = ("layer", "rms")
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "none")
+
+
+def quantize(
+    x: Tensor,
+    perm: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    rotation: int,
+    carrier: str,
+) -> tuple[Tensor, Tensor]:
+    """Gather channels by `perm`, rotate, quantize; returns (data, scale) in the carrier's form.
+
+    Args:
+        x: float [..., K].
+        perm: int32 or int64 [K] or None.
+        global_scale: fp32 [], nvfp4 only, or None.
+        format: a format key.
+        rotation: block-Hadamard size in channels, 0 = none.
+        carrier: "codes" gives uint8 code points [..., K] and stored scales [..., K / g];
+            "e4m3" gives float8_e4m3fn [..., K] and fp32 row scales [..., 1].
+
+    Raises:
+        FormatError: K does not fit the format or the rotation.
+        ConfigError: unknown carrier.
+    """
+    check_choice("carrier", carrier, CARRIERS)
+    fmt = Format.parse(format)
+    fmt.check_channels(x.shape[-1])
+    q = quantize_groups(permute_rotate(x.float(), perm, rotation), fmt, global_scale=global_scale)
+    return e4m3_operand(q, fmt) if carrier == "e4m3" else (q.codes, q.scale)
+
+
+def norm_quantize(
+    x: Tensor,
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mod_scale: Tensor | None,
+    mod_shift: Tensor | None,
+    perm: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    rotation: int,
+    carrier: str,
+) -> tuple[Tensor, Tensor]:
+    """Layer or RMS norm over the last axis, affine, modulation, then `quantize`; fp32 throughout.
+
+    ``y = norm(x) * weight + bias``, then ``y * (1 + mod_scale) + mod_shift``; weight and bias [K];
+    mod_* [B, 1, K] or [B, K], one row for all tokens of a batch entry of x [B, ..., K].
+
+    Raises:
+        ConfigError: unknown norm or carrier.
+        FormatError: K does not fit the format or the rotation.
+    """
+    check_choice("norm", norm, NORMS)
+    channels = x.shape[-1]
+    wide = x.float()
+    if norm == "layer":
+        y = F.layer_norm(wide, (channels,), eps=eps)
+    else:
+        y = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.float()
+    if bias is not None:
+        y = y + bias.float()
+    if mod_scale is not None:
+        y = y * (_per_token(mod_scale, x).float() + 1.0)
+    if mod_shift is not None:
+        y = y + _per_token(mod_shift, x).float()
+    return quantize(y, perm, global_scale, format, rotation, carrier)
+
+
+def act_quantize(
+    x: Tensor,
+    gate: Tensor | None,
+    act: str,
+    perm: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    rotation: int,
+    carrier: str,
+) -> tuple[Tensor, Tensor]:
+    """``act(x) * gate`` in fp32 (gate shaped like x, or None), then `quantize`.
+
+    Raises:
+        ConfigError: unknown activation function or carrier.
+        FormatError: K does not fit the format or the rotation.
+    """
+    check_choice("act", act, ACTIVATIONS)
+    y = x.float()
+    if act == "gelu":
+        y = F.gelu(y)
+    elif act == "gelu_tanh":
+        y = F.gelu(y, approximate="tanh")
+    elif act == "silu":
+        y = F.silu(y)
+    elif act == "relu":
+        y = F.relu(y)
+    if gate is not None:
+        y = y * gate.float()
+    return quantize(y, perm, global_scale, format, rotation, carrier)
+
+
+def linear(
+    data: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_global_scale: Tensor | None,
+    weight_format: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``x @ W^T + bias`` of a quantized activation and a packed weight; fp32, returned in `dtype`.
+
+    data, scale: as `quantize` returns them; data's dtype tells the carrier. weight uint8
+    [N, K * bits / 8], weight_scale [N, K / g]. Carrier "codes": both are dequantized exactly.
+    Carrier "e4m3": the weight is brought into that carrier too (rounded to e4m3 with row scales w),
+    and the result is ``(data @ weight^T) * scale * w + bias``, as fp8 tensor cores compute it.
+
+    Raises:
+        FormatError: data is of no carrier, or the weight holds another number of channels.
+    """
+    channels = data.shape[-1]
+    q = _weight(weight, weight_scale, weight_global_scale, weight_format, channels)
+    fmt = Format.parse(weight_format)
+    wide_bias = None if bias is None else bias.float()
+    if data.dtype == torch.uint8:
+        activation = Quantized(data, scale, global_scale)
+        x = dequantize(activation, Format.parse(format))
+        return F.linear(x, dequantize(q, fmt), wide_bias).to(dtype)
+    if data.dtype == torch.float8_e4m3fn:
+        operand, row = e4m3_operand(q, fmt)
+        y = F.linear(data.float(), operand.float()) * scale * row.squeeze(-1)
+        return (y if wide_bias is None else y + wide_bias).to(dtype)
+    raise FormatError(
+        f"data of dtype {data.dtype} belongs to no carrier; expected uint8 code points or "
+        "float8_e4m3fn, as pq::quantize returns them"
+    )
+
+
+def linear_weight_only(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_global_scale: Tensor | None,
+    weight_format: str,
+    bias: Tensor | None,
+) -> Tensor:
+    """``x @ dequantize(weight)^T + bias`` for float x [..., K]; fp32 products, x.dtype out."""
+    q = _weight(weight, weight_scale, weight_global_scale, weight_format, x.shape[-1])
+    wide_bias = None if bias is None else bias.float()
+    return F.linear(x.float(), dequantize(q, Format.parse(weight_format)), wide_bias).to(x.dtype)
+
+
+def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `known`."""
+    if value not in known:
+        raise ConfigError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+
+
+def check_weight(weight: Tensor, fmt: Format, channels: int) -> None:
+    """Raise FormatError unless packed `weight` holds rows of `channels` channels."""
+    if weight.dtype != torch.uint8 or weight.dim() != 2:
+        raise FormatError(
+            f"a packed weight is uint8 of 2 axes, got {weight.dtype} of {weight.dim()} axes"
+        )
+    if channels_of(weight, fmt) != channels:
+        raise FormatError(
+            f"the input has K={channels} channels but the {fmt.key} weight holds "
+            f"{channels_of(weight, fmt)}; was the weight packed in another format?"
+        )
+
+
+def _weight(
+    weight: Tensor, scale: Tensor, global_scale: Tensor | None, key: str, channels: int
+) -> Quantized:
+    fmt = Format.parse(key)
+    check_weight(weight, fmt, channels)
+    return Quantized(unpack(weight, fmt, channels), scale, global_scale)
+
+
+def _per_token(mod: Tensor, x: Tensor) -> Tensor:
+    """Give a modulation [B, K] the axes of x [B, ..., K], so that it broadcasts over tokens."""
+    if mod.dim() == 2 and x.dim() > 2:
+        return mod.reshape(mod.shape[0], *([1] * (x.dim() - 2)), mod.shape[1])
+    return mod
