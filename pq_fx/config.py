@@ -1,0 +1,418 @@
+"""What to quantize and how: `QuantConfig`, its presets and its rules for single layers.
+
+Names follow torchao where it has them (rules are its ``FqnToConfig``) and diffusers
+(``modules_to_not_convert``), so that a user of either has nothing new to learn.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple
+
+from pq_fx.errors import ConfigError, FormatError
+from pq_fx.kernels.formats import FORMAT_NAMES, Format, get_format
+
+SAME = "same"
+DEFAULT_RULE = "_default"
+REGEX_PREFIX = "re:"
+
+
+class Method(NamedTuple):
+    """What a method does to the channels of a linear's input before they are quantized."""
+
+    sort: bool  # reorder by the joint second moment (PermuQuant, section 4.1)
+    rotate: bool  # then a block-Hadamard rotation inside each group (the paper's "-H")
+
+
+METHODS: dict[str, Method] = {
+    "rtn": Method(sort=False, rotate=False),
+    "convrot": Method(sort=False, rotate=True),
+    "permuquant": Method(sort=True, rotate=False),
+    "permuquant-h": Method(sort=True, rotate=True),
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "w4a4-int4": {"format": "int4", "activation_format": SAME},
+    "w4a4-nvfp4": {"format": "nvfp4", "activation_format": SAME},
+    "w4a4-mxfp4": {"format": "mxfp4", "activation_format": SAME},
+    "w3a3-int3": {"format": "int3", "activation_format": SAME},
+    "w4a8-int4": {"format": "int4", "activation_format": "fp8"},
+    "w4a16-int4": {"format": "int4", "activation_format": None},
+}
+PRESETS["w4a4"] = PRESETS["w4a4-int4"]
+PRESETS["w4a8"] = PRESETS["w4a8-int4"]
+
+# A new format makes the settings of the old one meaningless, so a rule that names a format
+# without them starts from that format's defaults.
+_FORMAT_FIELDS = ("group_size", "scale")
+_ACTIVATION_FIELDS = ("activation_group_size",)
+_SKIP_LIST = "modules_to_not_convert"
+_NOT_IN_RULES = ("rules", _SKIP_LIST)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Settings of one quantization. Immutable; every value is checked when it is made.
+
+    Attributes:
+        format: of the weights: "int4", "int3", "nvfp4", "mxfp4", "fp8", "int8", or a whole format
+            key such as "int4:128:pow2" (which then sets `group_size` and `scale`).
+        group_size: contiguous channels that share a scale; None = the format's own default.
+        activation_format: "same" as the weights, another format, or None for 16-bit activations.
+        activation_group_size: None = the weights' for "same", else that format's default.
+        scale: "bf16" or "pow2" scales of int4 and int3; None = the format's default.
+        method: "rtn" (round to nearest), "convrot" (rotation only), "permuquant" (sort),
+            "permuquant-h" (sort, then rotation).
+        weight_only_format: of linears that see one row a sample (timestep, modulation, pooled
+            text): they are limited by reading weights, so their input stays in 16 bits.
+        rules: settings of single layers: ``{"exact.name" | "re:regex" | "_default": value}``, value
+            None (leave the layer alone), a preset or format name, or a dict of the fields to
+            change. An exact name goes before a regex (the first that matches the whole name),
+            a regex before "_default".
+        modules_to_not_convert: diffusers' skip list: a layer is left alone when ``key + "."``
+            occurs in ``name + "."``. It goes before every rule.
+        alphas: exponents tried for the sort key ``mu2_a**alpha * mu2_w**(1 - alpha)``.
+        tau: a permutation is kept when it lowers the error on held-out rows by more than this
+            fraction of the error without it.
+        gather_margin: the same for a permutation that cannot be folded and has to be gathered on
+            chip: it must win by this fraction more.
+        calibration_rows: rows (tokens) of each linear's input that calibration keeps.
+        seed: of the choice of those rows; equal seeds and calls give equal results.
+
+    Raises:
+        ConfigError: a value is unknown, out of range or contradicts another one.
+    """
+
+    format: str = "int4"
+    group_size: int | None = None
+    activation_format: str | None = SAME
+    activation_group_size: int | None = None
+    scale: str | None = None
+    method: str = "permuquant-h"
+    weight_only_format: str = "int4"
+    rules: Mapping[str, Any] | None = field(default=None, hash=False)
+    modules_to_not_convert: tuple[str, ...] = ()
+    alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
+    tau: float = 0.0
+    gather_margin: float = 0.05
+    calibration_rows: int = 1024
+    seed: int = 0
+
+    methods: ClassVar[Mapping[str, Method]] = METHODS
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
+        self._spread_format_key()
+        _ = self.weight, self.activation, self.weight_only  # raise here, not at the first use
+        self._set("alphas", _fractions("alphas", self.alphas))
+        if self.sort and not self.alphas:
+            raise ConfigError(
+                f"method {self.method!r} sorts channels and needs at least one value in `alphas`"
+            )
+        _number("tau", self.tau, 0.0, 1.0)
+        _number("gather_margin", self.gather_margin, 0.0, 1.0)
+        _integer("calibration_rows", self.calibration_rows, 2)  # one to fit on, one to accept on
+        _integer("seed", self.seed, 0)
+        self._set("modules_to_not_convert", _names(self.modules_to_not_convert))
+        if self.rules is not None:
+            self._set("rules", self._checked_rules(self.rules))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the way to normalise a field of a frozen dataclass
+
+    # Formats ------------------------------------------------------------------------------------
+
+    def _spread_format_key(self) -> None:
+        if not isinstance(self.format, str):
+            raise ConfigError(f"format is {self.format!r}; expected one of {_known(FORMAT_NAMES)}")
+        if ":" not in self.format:
+            return
+        whole = _parse("format", self.format)
+        for name, inside in (("group_size", whole.group_size), ("scale", whole.scale)):
+            given = getattr(self, name)
+            if given is not None and given != inside:
+                raise ConfigError(
+                    f"format {self.format!r} contradicts {name}={given!r}; give one of the two"
+                )
+            self._set(name, inside)
+        self._set("format", whole.name)
+
+    @property
+    def weight(self) -> Format:
+        """Format of the weights."""
+        return _format("format", self.format, self.group_size, self.scale)
+
+    @property
+    def activation(self) -> Format | None:
+        """Format of the activations, or None when they stay in 16 bits."""
+        name = self.activation_format
+        if name is None:
+            if self.activation_group_size is not None:
+                raise ConfigError(
+                    f"activation_group_size={self.activation_group_size!r} needs an "
+                    'activation_format; it is None (16-bit activations). Use "same" or a format.'
+                )
+            return None
+        group = self.activation_group_size
+        if name == SAME:
+            weight = self.weight
+            size = weight.group_size if group is None else group
+            return _format("activation_format", weight.name, size, weight.scale)
+        if isinstance(name, str) and ":" in name:
+            whole = _parse("activation_format", name)
+            if group is not None and group != whole.group_size:
+                raise ConfigError(
+                    f"activation_format {name!r} contradicts activation_group_size={group!r}; "
+                    "give one of the two"
+                )
+            return whole
+        return _format("activation_format", name, group, None)
+
+    @property
+    def weight_only(self) -> Format:
+        """Weight format of linears that see one row a sample; their input stays in 16 bits."""
+        name = self.weight_only_format
+        if isinstance(name, str) and ":" in name:
+            return _parse("weight_only_format", name)
+        return _format("weight_only_format", name, None, None)
+
+    @property
+    def sort(self) -> bool:
+        """Whether the method reorders channels."""
+        return METHODS[self.method].sort
+
+    @property
+    def rotate(self) -> bool:
+        """Whether the method rotates the channels of each group."""
+        return METHODS[self.method].rotate
+
+    # Rules --------------------------------------------------------------------------------------
+
+    def _checked_rules(self, rules: Any) -> dict[str, Any]:
+        if not isinstance(rules, Mapping):
+            rules = _pairs(rules)
+        checked = {}
+        for pattern, value in rules.items():
+            if not isinstance(pattern, str) or not pattern:
+                raise ConfigError(f"rules: {pattern!r} is not a layer name or 're:<regex>'")
+            if pattern.startswith(REGEX_PREFIX):
+                try:
+                    re.compile(pattern[len(REGEX_PREFIX) :])
+                except re.error as error:
+                    raise ConfigError(f"rules: {pattern!r} is not a regex: {error}") from error
+            checked[pattern] = _plain_rule(pattern, value)
+            if value is not None:
+                try:
+                    self._with_rule(checked[pattern])
+                except ConfigError as error:
+                    raise ConfigError(f"rules[{pattern!r}]: {error}") from error
+        return checked
+
+    def _with_rule(self, value: str | Mapping[str, Any]) -> QuantConfig:
+        """These settings with one rule's changes, without rules of their own."""
+        changes = _changes_of_name(value) if isinstance(value, str) else dict(value)
+        if "format" in changes:
+            changes = dict.fromkeys(_FORMAT_FIELDS) | changes
+        if "activation_format" in changes or ("format" in changes and self._follows_weight):
+            changes = dict.fromkeys(_ACTIVATION_FIELDS) | changes
+        return replace(self, rules=None, modules_to_not_convert=(), **changes)
+
+    @property
+    def _follows_weight(self) -> bool:
+        return self.activation_format == SAME
+
+    def is_skipped(self, fqn: str) -> bool:
+        """Whether `modules_to_not_convert` names this layer (diffusers' substring rule)."""
+        return any(key + "." in fqn + "." for key in self.modules_to_not_convert)
+
+    def rule_for(self, fqn: str) -> str | None:
+        """The key of the rule that decides for this layer, or None when none does."""
+        if not self.rules:
+            return None
+        if fqn in self.rules:
+            return fqn
+        for pattern in self.rules:
+            if pattern.startswith(REGEX_PREFIX) and re.fullmatch(pattern[len(REGEX_PREFIX) :], fqn):
+                return pattern
+        return DEFAULT_RULE if DEFAULT_RULE in self.rules else None
+
+    def for_layer(self, fqn: str) -> QuantConfig | None:
+        """Settings of the layer with this fully qualified name, or None to leave it alone."""
+        if self.is_skipped(fqn):
+            return None
+        rule = self.rule_for(fqn)
+        if rule is None:
+            return replace(self, rules=None, modules_to_not_convert=())
+        assert self.rules is not None
+        value = self.rules[rule]
+        return None if value is None else self._with_rule(value)
+
+    def unmatched(self, fqns: Iterable[str]) -> list[str]:
+        """Rules and skip-list entries that decide for none of these layers: likely misspelled."""
+        names = list(fqns)
+        used = {self.rule_for(fqn) for fqn in names}
+        rules = [r for r in self.rules or () if r not in used and r != DEFAULT_RULE]
+        skips = [
+            key
+            for key in self.modules_to_not_convert
+            if not any(key + "." in fqn + "." for fqn in names)
+        ]
+        return rules + skips
+
+    # Making and storing -------------------------------------------------------------------------
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> QuantConfig:
+        """A named preset, with fields changed: ``QuantConfig.preset("w4a4-nvfp4", seed=1)``."""
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        return cls.from_dict(PRESETS[name] | changes)
+
+    @classmethod
+    def of(cls, value: QuantConfig | str | Mapping[str, Any] | None) -> QuantConfig:
+        """A config out of a config, a preset name, a format name, a dict of fields, or None."""
+        if value is None:
+            return cls()
+        if isinstance(value, QuantConfig):
+            return value
+        if isinstance(value, str):
+            return cls(**_changes_of_name(value))
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        raise ConfigError(
+            f"cannot make a QuantConfig of {type(value).__name__}; expected a QuantConfig, "
+            "a preset name, a format name or a dict"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON. Rules become a list of pairs, whose order survives sorted JSON keys."""
+        plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain["alphas"] = list(self.alphas)
+        plain["modules_to_not_convert"] = list(self.modules_to_not_convert)
+        if self.rules is not None:
+            plain["rules"] = [[pattern, _copy(value)] for pattern, value in self.rules.items()]
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> QuantConfig:
+        """The inverse of `to_dict`; also takes a dict of some of the fields.
+
+        Raises:
+            ConfigError: a key is no field, or a value is wrong.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = [key for key in plain if key not in known]
+        if unknown:
+            raise ConfigError(f"unknown settings {_known(unknown)}; known: {', '.join(known)}")
+        return cls(**plain)
+
+
+def _copy(value: Any) -> Any:
+    """A deep copy of a rule's value as plain JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): _copy(inner) for key, inner in value.items()}
+    return [_copy(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _plain_rule(pattern: str, value: Any) -> Any:
+    if isinstance(value, QuantConfig):
+        if value.rules or value.modules_to_not_convert:
+            raise ConfigError(f"rules[{pattern!r}]: the config of a rule cannot have rules")
+        value = {k: v for k, v in value.to_dict().items() if k not in _NOT_IN_RULES}
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"rules[{pattern!r}] is {type(value).__name__}; expected None (leave the layer alone), "
+            "a preset or format name, or a dict of fields"
+        )
+    known = [f.name for f in fields(QuantConfig) if f.name not in _NOT_IN_RULES]
+    unknown = [key for key in value if key not in known]
+    if unknown:
+        raise ConfigError(
+            f"rules[{pattern!r}]: unknown settings {_known(unknown)}; known: {', '.join(known)}"
+        )
+    return _copy(value)
+
+
+def _changes_of_name(name: str) -> dict[str, Any]:
+    """Fields that a preset name, a format name or a format key stands for."""
+    if name in PRESETS:
+        return dict(PRESETS[name])
+    if name in FORMAT_NAMES or ":" in name:
+        return {"format": name}
+    raise ConfigError(
+        f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a format "
+        f"({', '.join(FORMAT_NAMES)})"
+    )
+
+
+def _pairs(rules: Any) -> dict[str, Any]:
+    """Rules as `to_dict` writes them, ``[[pattern, value], ...]``, back into a dict."""
+    try:
+        pairs = [(pattern, value) for pattern, value in rules]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"rules are {type(rules).__name__}; expected a dict or a list of [pattern, value]"
+        ) from error
+    if len(dict(pairs)) != len(pairs):
+        raise ConfigError("rules name one pattern twice")
+    return dict(pairs)
+
+
+def _format(what: str, name: Any, group_size: Any, scale: Any) -> Format:
+    if not isinstance(name, str):
+        raise ConfigError(f"{what} is {name!r}; expected one of {_known(FORMAT_NAMES)}")
+    if group_size is not None:
+        _integer(f"group size of {what}", group_size, 0)
+    try:
+        return get_format(name, group_size, scale)
+    except FormatError as error:
+        raise ConfigError(f"{what}: {error}") from error
+
+
+def _parse(what: str, key: str) -> Format:
+    try:
+        return Format.parse(key)
+    except FormatError as error:
+        raise ConfigError(f"{what}: {error}") from error
+
+
+def _known(names: Iterable[Any]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if value is None:  # diffusers writes None for an empty list
+        return ()
+    if isinstance(value, str):  # diffusers takes one name, too
+        value = (value,)
+    if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in value):
+        raise ConfigError(f"{_SKIP_LIST} is {value!r}; expected a list of module names")
+    return tuple(value)
+
+
+def _number(what: str, value: Any, low: float, high: float) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
+        raise ConfigError(f"{what} is {value!r}; expected a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _integer(what: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{what} is {value!r}; expected an integer of at least {low}")
+
+
+def _fractions(what: str, value: Any) -> tuple[float, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigError(f"{what} is {value!r}; expected a list of numbers from 0 to 1")
+    return tuple(_number(f"a value of {what}", inner, 0.0, 1.0) for inner in value)

@@ -1,0 +1,258 @@
+"""What a quantization did: one row a linear, sums over the model, and a table for people."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pq_fx.config import QuantConfig
+from pq_fx.errors import PQError
+
+REPORT_VERSION = 1
+
+
+class ReportError(PQError, ValueError):
+    """A stored report is of another version or lacks fields."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear of the model.
+
+    Attributes:
+        fqn: its fully qualified name, e.g. "transformer_blocks.0.attn.to_q".
+        in_features, out_features: its K and N.
+        format: key of its weight format, e.g. "int4:64:bf16"; None when it was left in float.
+        activation_format: key of its input's format; None when its input stays in 16 bits.
+        region: name of the region whose permutation it shares; None when it has none.
+        absorb: where the permutation of its input goes: "fold", "norm" or "quantize"; None without
+            one.
+        alpha: exponent of the chosen sort; None when the order was kept.
+        rotation: size of the Hadamard blocks of its input; 0 without.
+        error_before: relative squared output error ``|X W^T - Q(X) Q(W)^T|^2 / |X W^T|^2`` on
+            held-out calibration rows in the original order, without rotation; None if not measured.
+        error_after: the same as it was converted.
+        accepted: whether the permutation or rotation was kept; None where none was tried.
+        skip_reason: why it was left in float; None when it was quantized.
+    """
+
+    fqn: str
+    in_features: int
+    out_features: int
+    format: str | None = None
+    activation_format: str | None = None
+    region: str | None = None
+    absorb: str | None = None
+    alpha: float | None = None
+    rotation: int = 0
+    error_before: float | None = None
+    error_after: float | None = None
+    accepted: bool | None = None
+    skip_reason: str | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the layer was quantized."""
+        return self.skip_reason is None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of `Quantizer.convert`. Print it, or look at `layers`.
+
+    Attributes:
+        layers: one row a linear, in the model's order, those that were left alone among them.
+        config: the settings it was made with.
+        seconds: time that choosing, folding and packing took, without calibration.
+        weight_bytes: bytes of the linears' weights now: packed codes, scales, and the float weights
+            of skipped layers.
+        float_weight_bytes: bytes of the same weights before.
+        calibration_calls: calls of the model that calibration saw; 0 when unknown.
+        device: device type it ran on, e.g. "cpu".
+    """
+
+    layers: tuple[LayerReport, ...]
+    config: QuantConfig
+    seconds: float = 0.0
+    weight_bytes: int = 0
+    float_weight_bytes: int = 0
+    calibration_calls: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))  # callers may give a list
+
+    @property
+    def quantized(self) -> tuple[LayerReport, ...]:
+        """The rows of layers that were quantized."""
+        return tuple(layer for layer in self.layers if layer.quantized)
+
+    @property
+    def skipped(self) -> tuple[LayerReport, ...]:
+        """The rows of layers that were left in float, each with its reason."""
+        return tuple(layer for layer in self.layers if not layer.quantized)
+
+    @property
+    def mean_layer_error(self) -> float:
+        """Mean of `error_after` over the layers where it was measured; 0.0 when none was."""
+        return _mean([layer.error_after for layer in self.layers])
+
+    @property
+    def mean_layer_error_before(self) -> float:
+        """Mean of `error_before` over the layers where it was measured; 0.0 when none was."""
+        return _mean([layer.error_before for layer in self.layers])
+
+    @property
+    def regions(self) -> int:
+        """Number of regions that quantized layers belong to."""
+        return len({layer.region for layer in self.quantized if layer.region is not None})
+
+    @property
+    def accepted_regions(self) -> int:
+        """Number of regions whose permutation or rotation was kept."""
+        kept = (layer for layer in self.quantized if layer.accepted and layer.region is not None)
+        return len({layer.region for layer in kept})
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        parts = [f"{len(self.quantized)} of {len(self.layers)} linears quantized"]
+        if self.regions:
+            parts.append(f"{self.accepted_regions} of {self.regions} regions reordered or rotated")
+        before, after = self.mean_layer_error_before, self.mean_layer_error
+        if after:
+            change = f", {100 * (after / before - 1):+.1f} %" if before else ""
+            parts.append(f"mean layer error {after:.4g} (before {before:.4g}{change})")
+        if self.weight_bytes and self.float_weight_bytes:
+            ratio = self.float_weight_bytes / self.weight_bytes
+            parts.append(
+                f"weights {_size(self.float_weight_bytes)} -> {_size(self.weight_bytes)} "
+                f"({ratio:.2f}x smaller)"
+            )
+        return "; ".join(parts) + f"; {self.seconds:.1f} s"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON. A number that is not finite becomes the string "nan" or "inf"."""
+        return {
+            "report_version": REPORT_VERSION,
+            "config": self.config.to_dict(),
+            "seconds": self.seconds,
+            "weight_bytes": self.weight_bytes,
+            "float_weight_bytes": self.float_weight_bytes,
+            "calibration_calls": self.calibration_calls,
+            "device": self.device,
+            "mean_layer_error": _json_number(self.mean_layer_error),
+            "mean_layer_error_before": _json_number(self.mean_layer_error_before),
+            "regions": self.regions,
+            "accepted_regions": self.accepted_regions,
+            "layers": [
+                {key: _json_number(value) for key, value in asdict(layer).items()}
+                for layer in self.layers
+            ],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as text, with sorted keys, so that equal reports give equal bytes."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Report:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ReportError: another version, or fields that are missing or unknown.
+        """
+        version = plain.get("report_version")
+        if version != REPORT_VERSION:
+            raise ReportError(f"report_version is {version!r}; this release reads {REPORT_VERSION}")
+        names = {f.name for f in fields(cls)} - {"layers", "config"}
+        try:
+            layers = tuple(_layer(row) for row in plain["layers"])
+            values = {name: plain[name] for name in names}
+            return cls(layers=layers, config=QuantConfig.from_dict(plain["config"]), **values)
+        except (KeyError, TypeError) as error:
+            raise ReportError(f"the report is incomplete or damaged: {error}") from error
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [_layer_table(self.quantized)] if self.quantized else []
+        if self.skipped:
+            parts.append(_skip_table(self.skipped))
+        return Group(*parts, Text(self.summary))
+
+    def __str__(self) -> str:
+        console = Console(width=140, color_system=None, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+
+def _layer_table(layers: Sequence[LayerReport]) -> Table:
+    table = Table(title="Quantized linears", title_justify="left", header_style="bold")
+    table.add_column("layer", overflow="fold")
+    table.add_column("in x out", justify="right", no_wrap=True)
+    for name in ("weight", "input", "region", "absorbed"):
+        table.add_column(name, overflow="fold")
+    for name in ("alpha", "rot.", "error before", "after", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in layers:
+        before, after = layer.error_before, layer.error_after
+        table.add_row(
+            layer.fqn,
+            f"{layer.in_features} x {layer.out_features}",
+            layer.format or "",
+            layer.activation_format or "16 bit",
+            layer.region or "",
+            layer.absorb or "",
+            "" if layer.alpha is None else f"{layer.alpha:g}",
+            str(layer.rotation) if layer.rotation else "",
+            _error(before),
+            _error(after),
+            "" if not before or after is None else f"{100 * (after / before - 1):+.1f} %",
+        )
+    return table
+
+
+def _skip_table(layers: Sequence[LayerReport]) -> Table:
+    table = Table(title="Left in float", title_justify="left", header_style="bold")
+    table.add_column("layer", overflow="fold")
+    table.add_column("in x out", justify="right", no_wrap=True)
+    table.add_column("reason", overflow="fold")
+    for layer in layers:
+        shape = f"{layer.in_features} x {layer.out_features}"
+        table.add_row(layer.fqn, shape, layer.skip_reason or "")
+    return table
+
+
+def _layer(row: Mapping[str, Any]) -> LayerReport:
+    values = dict(row)
+    for name in ("error_before", "error_after", "alpha"):
+        if isinstance(values.get(name), str):
+            values[name] = float(values[name])
+    return LayerReport(**values)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    measured = [value for value in values if value is not None]
+    return sum(measured) / len(measured) if measured else 0.0
+
+
+def _json_number(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.3e}"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
