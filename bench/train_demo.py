@@ -33,7 +33,7 @@ PICKED = """red apple|rocket|cat face|pizza|sunflower|red heart|sailboat|ghost|o
 |hamburger|owl|snowman|hot beverage|house|airplane|grinning face|strawberry|tropical fish
 |birthday cake|cactus|guitar|penguin|rainbow|mushroom|crown|frog|locomotive|watermelon|umbrella
 |robot|lion|key|butterfly|doughnut|bicycle|panda|tulip|full moon|light bulb|pineapple|whale|camera
-|fire|fox|ice cream|hot air balloon|tiger face|evergreen tree|alarm clock|lemon|pig face|bus
+|fire|fox|ice cream|balloon|tiger face|evergreen tree|alarm clock|lemon|pig face|bus
 |snowflake|teddy bear|grapes|skull|trophy|lady beetle|carrot|star|mouse face|flag of Japan
 |smiling face with sunglasses"""
 SPLIT_SIZE = 256
@@ -121,22 +121,21 @@ def check_forward(arch: str, model: nn.Module, text: torch.Tensor) -> None:
         theirs = velocity(model, x, t, text[:3])
     error = (ours - theirs).norm() / theirs.norm()
     print(f"training forward against the class: relative error {error:.2e}", flush=True)
-    if not error < 2e-3:  # TF32 matrix products on the GPU; 1e-6 on a CPU
+    if not error < 1e-4:  # fp32 rounding in another order of batches
         raise RuntimeError(f"the batched forward of {arch} differs: {error:.3e}")
 
 
 def train(args: argparse.Namespace, data: DemoData, device: torch.device) -> None:
     torch.manual_seed(args.seed)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.matmul.allow_tf32 = True
     model = create_model(args.arch).to(device)
     parameters = list(model.parameters())
-    # zimage never sees x_pad_token: pictures of 256 tokens need no padding.
     text = torch.from_numpy(data.dense()).to(device)
     images = torch.from_numpy(data.images).to(device)
     # Half of the pictures are skin tones of others: see them less often.
     weights = torch.tensor([0.35 if "skin tone" in n else 1.0 for n in data.names], device=device)
     check_forward(args.arch, model, text)
+    torch.backends.cuda.matmul.allow_tf32 = True
     # Start from a zero prediction.
     head: Any = model.proj_out if args.arch == "flux" else model.all_final_layer["4-1"].linear
     nn.init.zeros_(head.weight)
