@@ -1,10 +1,10 @@
 """Triton: activation function, gate, channel gather, rotation and group quantize in one kernel.
 
 One program a row [K]: the row is read once, everything else happens on chip. The permutation is a
-gather of the input (global memory, served by L1, or on chip with `tl.gather`); K is padded to the next
-power of two by masks. Defined by `pq_fx.kernels.reference_ops.act_quantize`: given equal fp32 values
-the codes and scales are equal byte for byte; transcendental functions may differ by an ulp and then
-move a code by one step.
+gather of the input (global memory, served by L1, or on chip with `tl.gather`); K is padded to the
+next power of two by masks. Defined by `pq_fx.kernels.reference_ops.act_quantize`: given equal fp32
+values the codes and scales are equal byte for byte; transcendental functions may differ by an ulp
+and then move a code by one step.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _act_quantize_kernel(
     CARRIER: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
-    """x, gate [M, K] 16 or 32 bit, strided rows; data uint8 [M, K]; scale [M, K / GROUP] or [M, 1]."""
+    """x, gate [M, K], strided rows; data uint8 [M, K]; scale [M, K / GROUP] or fp32 [M, 1]."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += (row // x_inner) * x_outer_stride + (row % x_inner) * x_stride
     gate_ptr += (row // gate_inner) * gate_outer_stride + (row % gate_inner) * gate_stride
@@ -152,7 +152,7 @@ def format_constants(fmt: Format, length: int, rotation: int, carrier: str) -> d
 def check_quantize(
     x: Tensor, perm: Tensor | None, global_scale: Tensor | None, fmt: Format, rotation: int
 ) -> None:
-    """Raise unless x fits the format, the rotation and the permutation (KernelError, FormatError)."""
+    """Raise KernelError or FormatError unless x fits format, rotation and permutation."""
     channels = x.shape[-1]
     fmt.check_channels(channels)
     check_rotation(rotation, channels)
@@ -181,7 +181,7 @@ def act_quantize(
     *,
     on_chip: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch ``act(x) * gate``, gather, rotate, quantize; arguments as `reference_ops.act_quantize`.
+    """Launch ``act(x) * gate``, gather, rotate, quantize (see `reference_ops.act_quantize`).
 
     on_chip: gather with `tl.gather` instead of gathered loads (None: loads). Rows may be strided.
 
@@ -196,7 +196,8 @@ def act_quantize(
     if gate is not None:
         require(
             gate.shape == x.shape and gate.device == x.device,
-            f"gate {tuple(gate.shape)} on {gate.device} must match x {tuple(x.shape)} on {x.device}",
+            f"gate {tuple(gate.shape)} on {gate.device} must match "
+            f"x {tuple(x.shape)} on {x.device}",
         )
     data, scale = quantized_outputs(x, fmt, carrier)
     if x.numel() == 0:

@@ -1,9 +1,10 @@
 """Triton: packed weights to an fp8 operand with row scales, or to 16/32-bit values, once a call.
 
-The fp8 form is `reference.e4m3_operand`: ``data = e4m3(element * (s / r))`` with s the group's scale
-(times the global one) and r = max(s of the row) / operand_gain. It costs one pass over the packed bytes
-and is exact where every s / r is a power of two (mxfp4, "pow2"); the GEMM behind it then runs at the
-full fp8 rate with scales outside its main loop. Packed layouts: `pq_fx.kernels.pack`.
+The fp8 form is `reference.e4m3_operand`: ``data = e4m3(element * (s / r))`` with s the group's
+scale (times the global one) and r = max(s of the row) / operand_gain. It costs one pass over the
+packed bytes and is exact where every s / r is a power of two (mxfp4, "pow2"); the GEMM behind it
+then runs at the full fp8 rate with scales outside its main loop. Packed layouts:
+`pq_fx.kernels.pack`.
 """
 
 from __future__ import annotations
@@ -80,16 +81,16 @@ def _decode_kernel(
         largest = tl.where(largest == largest, tl.maximum(largest, _ROW_SCALE_FLOOR), largest)
         factor = tl.div_rn(factor, tl.zeros_like(factor) + largest)
         tl.store(row_ptr + row, largest)
+    # Not a reshape of one range: the compiler must see that neighbors are contiguous.
+    offsets = index[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     if ELEMENT == "int4" or ELEMENT == "e2m1":
-        pairs = tl.reshape(tl.arange(0, LENGTH // 2), [LENGTH // GROUP, GROUP // 2])
+        pairs = index[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
         packed = tl.load(weight_ptr + pairs, mask=pairs * 2 < CHANNELS, other=0)
         low = code_value(packed & 15, ELEMENT) * factor[:, None]
         high = code_value(packed >> 4, ELEMENT) * factor[:, None]
         elements = tl.reshape(tl.join(low, high), [LENGTH // GROUP, GROUP])
-        offsets = tl.reshape(tl.arange(0, LENGTH), [LENGTH // GROUP, GROUP])
         _store_elements(out_ptr, offsets, offsets < CHANNELS, elements, TO_FP8, NATIVE_FP8)
     else:
-        offsets = tl.reshape(tl.arange(0, LENGTH), [LENGTH // GROUP, GROUP])
         mask = offsets < CHANNELS
         codes = load_code(weight_ptr, offsets, mask, CHANNELS, ELEMENT)
         elements = code_value(codes, ELEMENT) * factor[:, None]
@@ -164,8 +165,9 @@ def decode_e4m3(
 ) -> tuple[Tensor, Tensor]:
     """Packed weight [N, K * bits / 8] to (float8_e4m3fn [N, K], fp32 row scales [N, 1]).
 
-    The result lives in the caching allocator's memory for one GEMM: the same block serves every layer
-    of a stream, also inside a CUDA graph, so the scratch costs one layer's fp8 weights in all.
+    The result lives in the caching allocator's memory for one GEMM: the same block serves every
+    layer of a stream, also inside a CUDA graph, so the scratch costs one layer's fp8 weights in
+    all.
 
     Raises:
         KernelError, FormatError: weight, scales and format do not fit together.

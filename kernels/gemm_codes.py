@@ -1,4 +1,4 @@
-"""Triton GEMM that dequantizes inside: any activation kind by any packed weight, any shape, any chip.
+"""Triton GEMM that dequantizes inside: any activation by any packed weight, any shape, any chip.
 
 Element values (at most 8 significant bits) are exact in bf16, so products of quantized elements are
 exact on 16-bit tensor cores; group scales multiply the fp32 partial sums, one group of K at a time.
@@ -60,8 +60,8 @@ def _dequantizing_gemm_kernel(
 ):
     """a [M, K] code points uint8 (A_ELEMENT) or float (A_ELEMENT "float"); b packed uint8 [N, ...].
 
-    a_scale [M, K / A_GROUP], b_scale [N, K / B_GROUP], group 0 = one a row; out [M, N] in its dtype.
-    BLOCK_K divides both groups. DOT: dtype of the operands of `tl.dot`.
+    a_scale [M, K / A_GROUP], b_scale [N, K / B_GROUP], group 0 = one a row; out [M, N] in its
+    dtype. BLOCK_K divides both groups. DOT: dtype of the operands of `tl.dot`.
     """
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -117,10 +117,10 @@ def dequantizing_gemm(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``a @ dequantize(weight)^T + bias`` [M, N] in `dtype`; a [M, K] floats, or code points with scales.
+    """``a @ dequantize(weight)^T + bias`` [M, N] in `dtype`; a [M, K] floats or code points.
 
-    a_format None: a is float16, bfloat16 or float32. Else a is uint8 and a_scale [M, K / g] holds its
-    stored scales.
+    a_format None: a is float16, bfloat16 or float32. Else a is uint8 and a_scale [M, K / g] holds
+    its stored scales.
 
     Raises:
         KernelError, FormatError: shapes, dtypes or formats do not fit.

@@ -1,9 +1,9 @@
-"""Linear of quantized activations and packed weights; on Hopper and Ada at the fp8 tensor-core rate.
+"""Linear of quantized activations and packed weights, at the fp8 rate on Hopper and Ada.
 
-Carrier "e4m3": the packed weight is decoded to an e4m3 operand with row scales (`decode`), then one fp8
-GEMM with one scale a row on either side: cuBLAS through `torch._scaled_mm` where it takes the shape
-and dtype, else a Triton kernel. No group scale is left for the GEMM's main loop, which is what makes it
-run at the full rate. Carrier "codes": `pq_fx.kernels.gemm_codes`.
+Carrier "e4m3": the packed weight is decoded to an e4m3 operand with row scales (`decode`), then one
+fp8 GEMM with one scale a row on either side: cuBLAS through `torch._scaled_mm` where it takes the
+shape and dtype, else a Triton kernel. No group scale is left for the GEMM's main loop, which is
+what makes it run at the full rate. Carrier "codes": `pq_fx.kernels.gemm_codes`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _fp8_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """a [M, K], b [N, K] e4m3 (bytes where NATIVE_FP8 is off); a_scale [M], b_scale [N] fp32; out [M, N]."""
+    """a [M, K], b [N, K] e4m3 (bytes without NATIVE_FP8); a_scale [M], b_scale [N]; out [M, N]."""
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -119,7 +119,7 @@ def fp8_gemm(
 
 
 def cublas_takes(count: int, columns: int, channels: int, dtype: torch.dtype) -> bool:
-    """Whether `torch._scaled_mm` with row scales runs this GEMM: sizes of 16, bf16 out, some rows."""
+    """Whether `torch._scaled_mm` with row scales runs this: sizes of 16, bf16 out, some rows."""
     return count > 0 and columns % 16 == 0 and channels % 16 == 0 and dtype == torch.bfloat16
 
 

@@ -1,9 +1,10 @@
 """Weights-only linear for few rows (AdaLN modulation, text): bound by reading the packed weights.
 
-One to `MAX_VECTOR_ROWS` rows: a GEMV. Each program owns BLOCK_N output rows and walks along K; a thread
-reads 16 packed bytes at once, multiplies in fp32, sums within a group, applies the group's scale once.
-Up to `MAX_SKINNY_ROWS` rows: tensor cores with the weights decoded inside (`gemm_codes`). Above: the
-weight is decoded to x's dtype once and cuBLAS multiplies. Packed layouts: `pq_fx.kernels.pack`.
+One to `MAX_VECTOR_ROWS` rows: a GEMV. Each program owns BLOCK_N output rows and walks along K; a
+thread reads 16 packed bytes at once, multiplies in fp32, sums within a group, applies the group's
+scale once. Up to `MAX_SKINNY_ROWS` rows: tensor cores with the weights decoded inside
+(`gemm_codes`). Above: the weight is decoded to x's dtype once and cuBLAS multiplies. Packed
+layouts: `pq_fx.kernels.pack`.
 """
 
 from __future__ import annotations

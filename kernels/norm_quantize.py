@@ -1,10 +1,10 @@
-"""Triton: layer or RMS norm, affine, modulation, channel gather, rotation and quantize in one kernel.
+"""Triton: layer or RMS norm, affine, modulation, channel gather, rotation, quantize in one kernel.
 
 One program a row [K], read once; mean and variance in fp32 over the row on chip. The normalized row
 is gathered on chip (`tl.gather`), or, as the alternative, the row and its factors are read a second
-time in permuted order (both from L1). Defined by `pq_fx.kernels.reference_ops.norm_quantize`; the sums
-of a norm have another order here, so a code may move by one step where a value lies on a boundary
-(tests/thresholds.py states how many); everything after the norm agrees byte for byte.
+time in permuted order (both from L1). Defined by `pq_fx.kernels.reference_ops.norm_quantize`; the
+sums of a norm have another order here, so a code may move by one step where a value lies on a
+boundary (tests/thresholds.py states how many); everything after the norm agrees byte for byte.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def norm_quantize(
     *,
     on_chip: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch norm, modulation, gather, rotate, quantize; arguments as `reference_ops.norm_quantize`.
+    """Launch norm, modulation, gather, rotate, quantize (see `reference_ops.norm_quantize`).
 
     on_chip: gather the normalized row with `tl.gather` (the default) or read it again permuted.
 

@@ -1,10 +1,10 @@
 """Device functions that the Triton kernels share: rounding, scales, code points, rotation, rows.
 
 Every function follows `pq_fx.kernels.reference` step by step, so that equal fp32 inputs give equal
-bytes: divisions are correctly rounded, roundings are to nearest even, and the kernels are launched with
-`enable_fp_fusion=False`, which keeps the compiler from contracting a product and a sum into one.
-`tl.constexpr` arguments are written in CAPS. Bytes of e4m3 are computed in integers where a chip (sm_80)
-or Triton's interpreter has no such conversion (`NATIVE_FP8=False`).
+bytes: divisions are correctly rounded, roundings are to nearest even, and the kernels are launched
+with `enable_fp_fusion=False`, which keeps the compiler from contracting a product and a sum into
+one. `tl.constexpr` arguments are written in CAPS. Bytes of e4m3 are computed in integers where a
+chip (sm_80) or Triton's interpreter has no such conversion (`NATIVE_FP8=False`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _E4M3_MAX = tl.constexpr(E4M3_MAX)
 _MIN_NORMAL = tl.constexpr(2.0**-126)
 # 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 to the nearest even integer, never to -0.
 _ROUND = tl.constexpr(12582912.0)
-# Triton's interpreter rounds twice in a fused multiply-add, so there a true division is used instead.
+# Triton's interpreter rounds twice in a fused multiply-add, so there a true division is used
+# instead.
 _EXACT_FMA = tl.constexpr(not INTERPRETED)
 
 
@@ -66,7 +67,8 @@ def native_fp8(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor [..., K] seen as M rows: row m starts at (m // inner) * outer_stride + (m % inner) * stride."""
+    """A tensor [..., K] as rows; row m starts at (m // inner) * outer_stride + m % inner *
+    stride."""
 
     tensor: Tensor
     count: int
@@ -107,7 +109,7 @@ def padded_length(channels: int) -> int:
 
 
 def row_warps(length: int) -> int:
-    """Warps of a program that holds a row of `length`: 16 elements a thread where that is possible."""
+    """Warps of a program that holds a row of `length`: 16 elements a thread where possible."""
     return min(max(length // 512, 1), 16 if length <= 16384 else 32)
 
 
@@ -266,8 +268,8 @@ def scale_value(stored, SCALE: tl.constexpr):
 def load_code(base, channel, mask, CHANNELS, ELEMENT: tl.constexpr):
     """Code points (uint8) of `channel` (index tensor) from packed rows that start at `base`.
 
-    Layouts of `pq_fx.kernels.pack`: 4-bit, even channel in the low nibble; int3, CHANNELS/4 bytes of
-    magnitudes then CHANNELS/8 bytes of signs; 8-bit, the byte.
+    Layouts of `pq_fx.kernels.pack`: 4-bit, even channel in the low nibble; int3, CHANNELS/4 bytes
+    of magnitudes then CHANNELS/8 bytes of signs; 8-bit, the byte.
     """
     if ELEMENT == "int3":
         magnitude = tl.load(base + channel // 4, mask=mask, other=0).to(tl.int32)
@@ -283,7 +285,7 @@ def load_code(base, channel, mask, CHANNELS, ELEMENT: tl.constexpr):
 
 @triton.jit
 def rotate_row(y, LENGTH: tl.constexpr, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
-    """Block Hadamard of y [LENGTH] by butterflies, strides 1, 2, 4, ... (reference.rotate's order)."""
+    """Block Hadamard of y [LENGTH] by butterflies, in the order of `reference.rotate`."""
     for i in tl.static_range(LOG_SIZE):
         pairs = tl.reshape(y, [LENGTH // (2 << i), 2, 1 << i])
         a, b = tl.split(tl.permute(pairs, [0, 2, 1]))
@@ -297,9 +299,9 @@ def group_scales(
 ):
     """Scale of groups [G, g] with largest magnitudes amax [G]: (stored bits, encoding factors).
 
-    Returns (stored, divisor, inverse, value) as [G] tensors: `stored` the byte of one-byte scales and
-    the fp32 value of others, `x / divisor` (or x * inverse where the format is defined so) the scaled
-    element, `value` the factor that dequantizes, global scale included.
+    Returns (stored, divisor, inverse, value) as [G] tensors: `stored` the byte of one-byte scales
+    and the fp32 value of others, `x / divisor` (or x * inverse where the format is defined so) the
+    scaled element, `value` the factor that dequantizes, global scale included.
     """
     if SCALE == "e8m0":
         exponent = tl.maximum(((bits_of(amax) >> 23) & 255) - 2, 0)
@@ -403,18 +405,20 @@ def quantize_row_store(
 ):
     """Rotate, quantize and store one row y [LENGTH] (fp32, zeros from CHANNELS on).
 
-    data_ptr: uint8 [CHANNELS] of this row. scale_ptr: this row's scales, CHANNELS / GROUP in the storage
-    dtype for CARRIER "codes", one fp32 for "e4m3" (reference.e4m3_operand).
+    data_ptr: uint8 [CHANNELS] of this row. scale_ptr: this row's scales, CHANNELS / GROUP in the
+    storage dtype for CARRIER "codes", one fp32 for "e4m3" (reference.e4m3_operand).
     """
     if ROTATION > 0:
         y = rotate_row(y, LENGTH, ROTATION, LOG_ROTATION)
     groups = tl.reshape(y, [LENGTH // GROUP, GROUP])
-    # As integers: the magnitude's order is kept, and NaN is larger than everything, so it propagates.
+    # As integers: the magnitude's order is kept, and NaN is larger than everything, so it
+    # propagates.
     amax = float_of(tl.max(bits_of(groups) & 0x7FFFFFFF, axis=1))
     stored, divisor, inverse, value = group_scales(groups, amax, global_scale, ELEMENT, SCALE, TOP)
     elements = round_elements(groups, divisor, inverse, ELEMENT, SCALE, TOP)
     index = tl.arange(0, LENGTH // GROUP)
-    offsets = tl.reshape(tl.arange(0, LENGTH), [LENGTH // GROUP, GROUP])
+    # Not a reshape of one range: the compiler must see that neighbors are contiguous.
+    offsets = index[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     if CARRIER == "codes":
         if SCALE == "bf16" or SCALE == "pow2":
             # Already on bf16's lattice: dropping the low half is exact.
