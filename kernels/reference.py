@@ -199,6 +199,16 @@ def _floor_pow2(x: Tensor) -> Tensor:
     return (x.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
+def round_bf16(x: Tensor) -> Tensor:
+    """fp32 rounded to bf16's nearest even, kept in fp32.
+
+    By bit moves, because Inductor drops a rounding that only a cast to bf16 and back expresses.
+    """
+    bits = x.contiguous().view(torch.int32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return torch.where(x.isnan(), x, rounded.view(torch.float32))
+
+
 def _group_scale(groups: Tensor, amax: Tensor, fmt: Format, global_scale: Tensor | None) -> Tensor:
     """Stored scales [..., G, 1] from groups fp32 [..., G, g] and their amax [..., G, 1]."""
     if fmt.scale == "e8m0":
@@ -213,7 +223,7 @@ def _group_scale(groups: Tensor, amax: Tensor, fmt: Format, global_scale: Tensor
     if fmt.scale == "pow2":
         return _pow2_scale(groups, amax, fmt)
     scale = _divide(amax, fmt.max_value).clamp(min=SCALE_FLOOR)
-    return scale.to(torch.bfloat16) if fmt.scale == "bf16" else scale
+    return round_bf16(scale).to(torch.bfloat16) if fmt.scale == "bf16" else scale
 
 
 def _pow2_scale(groups: Tensor, amax: Tensor, fmt: Format) -> Tensor:

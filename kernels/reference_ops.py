@@ -19,6 +19,7 @@ from pq_fx.kernels.reference import (
     dequantize,
     e4m3_operand,
     permute_rotate,
+    round_bf16,
 )
 from pq_fx.kernels.reference import quantize as quantize_groups
 
@@ -158,11 +159,11 @@ def linear(
     if data.dtype == torch.uint8:
         activation = Quantized(data, scale, global_scale)
         x = dequantize(activation, Format.parse(format))
-        return F.linear(x, dequantize(q, fmt), wide_bias).to(dtype)
+        return _cast(F.linear(x, dequantize(q, fmt), wide_bias), dtype)
     if data.dtype == torch.float8_e4m3fn:
         operand, row = e4m3_operand(q, fmt)
         y = F.linear(data.float(), operand.float()) * scale * row.squeeze(-1)
-        return (y if wide_bias is None else y + wide_bias).to(dtype)
+        return _cast(y if wide_bias is None else y + wide_bias, dtype)
     raise FormatError(
         f"data of dtype {data.dtype} belongs to no carrier; expected uint8 code points or "
         "float8_e4m3fn, as pq::quantize returns them"
@@ -180,7 +181,9 @@ def linear_weight_only(
     """``x @ dequantize(weight)^T + bias`` for float x [..., K]; fp32 products, x.dtype out."""
     q = _weight(weight, weight_scale, weight_global_scale, weight_format, x.shape[-1])
     wide_bias = None if bias is None else bias.float()
-    return F.linear(x.float(), dequantize(q, Format.parse(weight_format)), wide_bias).to(x.dtype)
+    return _cast(
+        F.linear(x.float(), dequantize(q, Format.parse(weight_format)), wide_bias), x.dtype
+    )
 
 
 def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
@@ -208,6 +211,11 @@ def _weight(
     fmt = Format.parse(key)
     check_weight(weight, fmt, channels)
     return Quantized(unpack(weight, fmt, channels), scale, global_scale)
+
+
+def _cast(y: Tensor, dtype: torch.dtype) -> Tensor:
+    # Rounded by itself: a compiled consumer of this output would else see it unrounded.
+    return round_bf16(y).to(dtype) if dtype == torch.bfloat16 else y.to(dtype)
 
 
 def _per_token(mod: Tensor, x: Tensor) -> Tensor:
