@@ -1,0 +1,302 @@
+"""Choosing how each region's channels are ordered and rotated, and whether that is worth it.
+
+    sampled rows   half to fit on      profile -> orders by alpha -> the best candidate
+                   half to accept on   (E_orig - E_best) / E_orig > tau, else the model's own order
+
+A candidate is a fold of the region (free at run time) or none, and for each of its points a gather
+or none (a kernel reads its input in another order), each with and without a block rotation. Where
+a gather is not clearly better than what costs nothing, the latter is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pq_fx.errors import CalibrationError
+from pq_fx.kernels.formats import Format
+from pq_fx.passes.candidates import (
+    after_fold,
+    column_order,
+    fold_order,
+    gather_order,
+    joint_profile,
+    regroups,
+    rotation_size,
+)
+from pq_fx.passes.evaluate import PointErrors
+from pq_fx.passes.observe import Moments
+from pq_fx.passes.regions import Point, Region
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How regions are treated.
+
+    Attributes:
+        weight: format of the weights.
+        activation: format of the points' tensors; None: they stay in 16 bits.
+        sort: try orders by the joint second moment.
+        rotate: try block-Hadamard rotations.
+        alphas: exponents of the joint second moment that are tried.
+        tau: a choice is accepted when it lowers the error on held-out rows by more than this part.
+        gather_margin: a gather must lower the error by more than this part of the best error that
+            needs none.
+        seed: reserved for candidates drawn at random; the present ones draw nothing.
+        fit_rows, held_rows: at most so many sampled rows measure errors in each half.
+    """
+
+    weight: Format
+    activation: Format | None
+    sort: bool = True
+    rotate: bool = True
+    alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
+    tau: float = 0.0
+    gather_margin: float = 0.05
+    seed: int = 0
+    fit_rows: int = 256
+    held_rows: int = 256
+
+
+@dataclass
+class PointChoice:
+    """What happens to a point's tensor before it is quantized.
+
+    `perm` (int64 [K]) is gathered at run time, of channels that a fold may have moved already;
+    None = none. `rotation` is the size of the blocks rotated then, 0 = none.
+    """
+
+    perm: np.ndarray | None
+    rotation: int
+
+
+@dataclass
+class LinearError:
+    """Relative squared output error on held-out rows: of the model's own order, and as chosen."""
+
+    before: float
+    after: float
+
+
+@dataclass
+class RegionChoice:
+    """What was chosen for a region; all dicts are by point name but `errors`, by weight name."""
+
+    fold: np.ndarray | None  # int64 [C], for fold.fold_tensors
+    points: dict[str, PointChoice]
+    absorb: dict[str, str]  # "fold" | "norm" | "quantize" | "none"
+    alpha: float | None
+    accepted: bool
+    rotation: int
+    errors: dict[str, LinearError]
+    reason: str
+
+
+class _Option(NamedTuple):
+    """One way to treat one point: `order` of the model's columns, and what brings it about."""
+
+    order: np.ndarray | None
+    rotation: int
+    gather: bool
+    alpha: float | None
+
+
+_KEEP = _Option(None, 0, False, None)
+
+
+class _Plan(NamedTuple):
+    """A treatment of the whole region."""
+
+    fold: np.ndarray | None
+    alpha: float | None
+    options: dict[str, _Option]
+
+
+def choose(
+    region: Region,
+    moments: Mapping[str, Moments],
+    weights: Mapping[str, Tensor],
+    settings: Settings,
+) -> RegionChoice:
+    """Choose fold, gathers and rotations of one region.
+
+    `moments` are by point name; `weights` (float [N, K], by weight name) are the model's own, whose
+    device does the work. Deterministic. Raises CalibrationError when a point saw no rows, or some
+    that were not finite, or when a weight is not finite.
+    """
+    errors: dict[str, PointErrors] = {}
+    seconds: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    enough = True
+    for point in region.points:
+        fit, held = _halves(point, moments, weights)
+        enough = enough and len(fit) > 0 and len(held) > 0
+        seconds[point.name] = _second_moments(point, fit, weights)
+        fit, held = fit[: settings.fit_rows], held[: settings.held_rows]
+        errors[point.name] = PointErrors(
+            torch.cat([fit, held]),
+            len(fit),
+            {name: weights[name] for name in point.linears},
+            settings.weight,
+            None if point.one_row else settings.activation,
+        )
+    keep = _Plan(None, None, {p.name: _KEEP for p in region.points})
+    if not enough:
+        return _result(region, errors, keep, keep, "kept: too few rows to fit and to accept on")
+    best = _best(region, errors, seconds, settings)
+    if all(o.order is None and o.rotation == 0 for o in best.options.values()):
+        return _result(region, errors, keep, keep, "kept: no candidate has less error")
+    before, after = _held(errors, keep), _held(errors, best)
+    gain = (before - after) / before if before > 0 else 0.0
+    if gain > settings.tau:
+        return _result(region, errors, keep, best, f"accepted: held-out error {-gain:+.1%}")
+    reason = f"kept: gain {gain:.2%} on held-out rows is not above tau {settings.tau:.2%}"
+    return _result(region, errors, keep, keep, reason)
+
+
+def _halves(
+    point: Point, moments: Mapping[str, Moments], weights: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Sampled rows for fitting and for acceptance, fp32 on the weights' device, none in both."""
+    if point.name not in moments:
+        raise CalibrationError(f"{point.name}: no statistics; calibrate the model first")
+    moments[point.name].check(point.name)
+    for name in point.linears:
+        if not bool(torch.isfinite(weights[name]).all()):
+            raise CalibrationError(f"{name}: the weight holds NaN or infinity; skip it by a rule")
+    # Keys are random, so that every other row in their order is a random half.
+    rows = moments[point.name].sample().to(weights[point.linears[0]].device, torch.float32)
+    return rows[0::2], rows[1::2]
+
+
+def _second_moments(
+    point: Point, rows: Tensor, weights: Mapping[str, Tensor]
+) -> tuple[np.ndarray, np.ndarray]:
+    """E[x_i^2] and mean_n W[n, i]^2 over all rows of all linears, float64 [K]."""
+    sums = sum(
+        torch.linalg.vector_norm(weights[n], dim=0, dtype=torch.float32).double().square()
+        for n in point.linears
+    )
+    assert isinstance(sums, Tensor)
+    count = sum(weights[n].shape[0] for n in point.linears)
+    return rows.square().mean(dim=0).double().cpu().numpy(), (sums / count).cpu().numpy()
+
+
+def _best(
+    region: Region,
+    errors: Mapping[str, PointErrors],
+    seconds: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    settings: Settings,
+) -> _Plan:
+    """The plan with the least error on the rows for fitting; of equals the simplest."""
+    profiles = {
+        alpha: {name: joint_profile(*moment, alpha) for name, moment in seconds.items()}
+        for alpha in (settings.alphas if settings.sort else ())
+    }
+    folds: list[tuple[np.ndarray | None, float | None]] = [(None, None)]
+    if region.foldable:
+        folds += [(fold_order(region, profile), alpha) for alpha, profile in profiles.items()]
+    groups = {settings.weight.group_size}
+    if settings.activation is not None:
+        groups.add(settings.activation.group_size)
+    gathers = {p.name: _gathers(p, errors, profiles, settings, groups) for p in region.points}
+    margin = settings.gather_margin
+    best, least = None, float("inf")
+    for fold, alpha in folds:
+        orders = {p.name: column_order(region, p.name, fold) for p in region.points}
+        if fold is not None and not any(regroups(o, g) for o in orders.values() for g in groups):
+            continue  # the same channels share a scale as before
+        options = {}
+        for point in region.points:
+            measure = errors[point.name]
+            options[point.name] = _least(
+                measure,
+                [_Option(orders[point.name], r, False, alpha) for r in _rotations(point, settings)]
+                + gathers[point.name],
+                margin,
+            )
+        # Gathers pay their margin here too, or one would beat a fold that gives the same order.
+        total = sum(_cost(errors[name], option, margin) for name, option in options.items())
+        if total < least:
+            best, least = _Plan(fold, alpha, options), total
+    assert best is not None
+    return best
+
+
+def _gathers(
+    point: Point,
+    errors: Mapping[str, PointErrors],
+    profiles: Mapping[float, Mapping[str, np.ndarray]],
+    settings: Settings,
+    groups: set[int],
+) -> list[_Option]:
+    """The best gather of a point's tensor; none for a tensor that no kernel quantizes."""
+    options: list[_Option] = []
+    if point.one_row or settings.activation is None:
+        return options
+    for alpha, profile in profiles.items():
+        order = gather_order(profile[point.name])
+        if any(regroups(order, g) for g in groups):
+            options += [_Option(order, r, True, alpha) for r in _rotations(point, settings)]
+    return [_least(errors[point.name], options)] if options else []
+
+
+def _rotations(point: Point, settings: Settings) -> tuple[int, ...]:
+    if not settings.rotate or point.one_row or settings.activation is None:
+        return (0,)
+    groups = (settings.activation.group_size, settings.weight.group_size)
+    return (0, rotation_size(point.channels, groups))
+
+
+def _least(measure: PointErrors, options: Sequence[_Option], margin: float = 0.0) -> _Option:
+    return min(options, key=lambda option: _cost(measure, option, margin))
+
+
+def _cost(measure: PointErrors, option: _Option, margin: float) -> float:
+    """Error on the rows for fitting; a gather's counts for more, so that it must win clearly."""
+    cost = sum(measure(option.order, option.rotation).fit.values())
+    return cost / (1.0 - margin) if option.gather and margin < 1.0 else cost
+
+
+def _held(errors: Mapping[str, PointErrors], plan: _Plan) -> float:
+    options = plan.options.items()
+    return sum(sum(errors[name](o.order, o.rotation).held.values()) for name, o in options)
+
+
+def _result(
+    region: Region, errors: Mapping[str, PointErrors], keep: _Plan, plan: _Plan, reason: str
+) -> RegionChoice:
+    """Spell a plan out: gathers relative to the folded order, what absorbs them, errors."""
+    # Where every point gathers its own order, a fold would change nothing.
+    fold = None if all(o.gather for o in plan.options.values()) else plan.fold
+    points, absorb, found = {}, {}, {}
+    for point in region.points:
+        option = plan.options[point.name]
+        folded = column_order(region, point.name, fold)
+        perm = None
+        if option.gather:
+            assert option.order is not None
+            perm = after_fold(folded, option.order)
+            absorb[point.name] = point.absorb
+        else:
+            absorb[point.name] = "none" if folded is None else "fold"
+        points[point.name] = PointChoice(perm, option.rotation)
+        before = errors[point.name](None, 0).held
+        after = errors[point.name](option.order, option.rotation).held
+        for name in point.linears:
+            found[name] = LinearError(before[name], after[name])
+    alphas = [o.alpha for o in plan.options.values() if o.gather]
+    return RegionChoice(
+        fold=fold,
+        points=points,
+        absorb=absorb,
+        alpha=plan.alpha if fold is not None or not alphas else alphas[0],
+        accepted=plan is not keep,
+        rotation=max((o.rotation for o in plan.options.values()), default=0),
+        errors=found,
+        reason=reason,
+    )
