@@ -106,3 +106,14 @@ def _name(device: torch.device, capability: tuple[int, int] | None) -> str:
             )
         capability = torch.cuda.get_device_capability(device)
     return f"sm_{capability[0]}{capability[1]}"
+
+
+@torch.compiler.assume_constant_result
+def carrier(device: torch.device) -> str:
+    """Carrier of quantized activations on `device`; a constant to Dynamo; errors as `execution`."""
+    name = _name(torch.device(device), None)
+    row = TABLE.get(name)
+    if row is None:
+        execution(device, Format("int4", 64, "bf16"), None)
+        raise AssertionError(name)
+    return row.carrier

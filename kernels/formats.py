@@ -20,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from pq_fx.errors import FormatError
 
 INTEGER_GROUPS = (16, 32, 64, 128)
@@ -50,6 +52,14 @@ FORMAT_NAMES: tuple[str, ...] = tuple(_ELEMENTS)
 
 # Bits that one stored scale takes. pow2 scales are stored as bf16 (exact), e8m0 as its uint8 byte.
 _SCALE_BITS = {"bf16": 16, "pow2": 16, "e4m3": 8, "e8m0": 8, "fp32": 32}
+
+_SCALE_DTYPES = {
+    "bf16": torch.bfloat16,
+    "pow2": torch.bfloat16,
+    "e4m3": torch.float8_e4m3fn,
+    "e8m0": torch.uint8,
+    "fp32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,11 @@ class Format:
     def two_level(self) -> bool:
         """Whether a per-tensor fp32 global scale multiplies the group scales (nvfp4)."""
         return self.scale == "e4m3"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Storage dtype of the group scales."""
+        return _SCALE_DTYPES[self.scale]
 
     @property
     def bits_per_weight(self) -> float:

@@ -45,13 +45,6 @@ _TRITON = {
     "linear": "pq_fx.kernels.gemm_fp8",
     "linear_weight_only": "pq_fx.kernels.gemv",
 }
-_STORED_SCALE = {
-    "bf16": torch.bfloat16,
-    "pow2": torch.bfloat16,
-    "e4m3": torch.float8_e4m3fn,
-    "e8m0": torch.uint8,
-    "fp32": torch.float32,
-}
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -73,7 +66,7 @@ def _quantized_fake(x: Tensor, key: str, carrier: str) -> tuple[Tensor, Tensor]:
         )
     return (
         x.new_empty(x.shape, dtype=torch.uint8),
-        x.new_empty((*x.shape[:-1], fmt.groups(channels)), dtype=_STORED_SCALE[fmt.scale]),
+        x.new_empty((*x.shape[:-1], fmt.groups(channels)), dtype=fmt.scale_dtype),
     )
 
 

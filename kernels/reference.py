@@ -19,20 +19,47 @@ from torch import Tensor
 
 from pq_fx.errors import FormatError
 from pq_fx.kernels.formats import Format
+from pq_fx.kernels.values import (
+    E4M3_MAX,
+    ROW_SCALE_FLOOR,
+    apply_scale,
+    element_values,
+    fold_scale,
+    round_bf16,
+    scale_values,
+)
 
 # Smallest scale of int4, int3, fp8 and int8: zero groups divide by it instead of by zero, and it
 # keeps scales and their quotients away from fp32's subnormals, which some devices flush.
 SCALE_FLOOR = 2.0**-100
-# Smallest row scale of the "e4m3" carrier.
-ROW_SCALE_FLOOR = 2.0**-120
 # Smallest nvfp4 group scale: e4m3's smallest normal number, as torchao and ModelOpt clamp it.
 E4M3_TINY = 2.0**-6
-E4M3_MAX = 448.0
 # Clip ratios worth trying for weights; 1.5 for nvfp4 is amax/4 next to amax/6.
 WEIGHT_CLIP_RATIOS: tuple[float, ...] = tuple(1.0 - 0.03 * i for i in range(16))
 NVFP4_CLIP_RATIOS: tuple[float, ...] = (1.0, 1.5)
 
 _MIN_NORMAL = 2.0**-126
+
+
+__all__ = [
+    "E4M3_MAX",
+    "E4M3_TINY",
+    "NVFP4_CLIP_RATIOS",
+    "ROW_SCALE_FLOOR",
+    "SCALE_FLOOR",
+    "WEIGHT_CLIP_RATIOS",
+    "Quantized",
+    "dequantize",
+    "e4m3_operand",
+    "element_values",
+    "fake_quantize",
+    "nvfp4_global_scale",
+    "permute_rotate",
+    "quantize",
+    "rotate",
+    "round_bf16",
+    "scale_values",
+]
 
 
 class Quantized(NamedTuple):
@@ -93,8 +120,8 @@ def quantize(
 
 def dequantize(q: Quantized, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values [..., K]: element * (scale * global scale), computed in fp32, returned in `dtype`."""
-    values = element_values(q.codes, fmt).unflatten(-1, (q.scale.shape[-1], -1))
-    return (values * scale_values(q.scale, fmt, q.global_scale).unsqueeze(-1)).flatten(-2).to(dtype)
+    scale = scale_values(q.scale, fmt, q.global_scale)
+    return apply_scale(element_values(q.codes, fmt), scale).to(dtype)
 
 
 def fake_quantize(
@@ -109,50 +136,13 @@ def fake_quantize(
     return dequantize(q, fmt, x.dtype)
 
 
-def scale_values(scale: Tensor, fmt: Format, global_scale: Tensor | None = None) -> Tensor:
-    """Stored scales as fp32 factors of the elements, global scale multiplied in as torchao does."""
-    if fmt.scale == "e8m0":
-        wide = scale.to(torch.int32)
-        value = (wide << 23).view(torch.float32)
-        value = torch.where(wide == 0, 2.0**-127, value)
-        return torch.where(wide == 255, math.nan, value)
-    value = scale.float()
-    return value if global_scale is None else global_scale.float() * value
-
-
-def element_values(codes: Tensor, fmt: Format) -> Tensor:
-    """fp32 values of code points, before their scale. Code points outside the format: undefined."""
-    if fmt.element == "e4m3":
-        return codes.view(torch.float8_e4m3fn).float()
-    if fmt.element == "int8":
-        return codes.view(torch.int8).float()
-    sign_bit = 1 << (fmt.bits - 1)
-    magnitude = (codes & (sign_bit - 1)).float()
-    if fmt.element == "e2m1":  # 0 .5 1 1.5 | 2 3 | 4 6
-        magnitude = torch.where(
-            magnitude < 4,
-            magnitude * 0.5,
-            torch.where(magnitude < 6, magnitude - 2.0, magnitude * 2.0 - 8.0),
-        )
-    return torch.where(codes >= sign_bit, -magnitude, magnitude)
-
-
 def e4m3_operand(q: Quantized, fmt: Format) -> tuple[Tensor, Tensor]:
-    """The "e4m3" carrier of a quantized tensor: the group scale lies inside the fp8 operand.
+    """The "e4m3" carrier of a quantized tensor: (float8_e4m3fn [..., K], row scale fp32 [..., 1]).
 
-    Returns (data float8_e4m3fn [..., K], row scale r fp32 [..., 1]), with
-    ``s`` = scale * global scale, ``r = max(max over the row of s / operand_gain, 2^-120)`` and
-    ``data = e4m3(element * (s / r))``, nearest even. operand_gain is a power of two, so data is
-    exact when every s is a power of two times the largest one (mxfp4, "pow2"; down to 2^-15 of it)
-    and for plain fp8 rows, where r = s and data are the codes. For int4, r = max(s * 7) / 448.
-    One NaN makes its row NaN.
+    The group scale lies inside the fp8 operand; see `pq_fx.kernels.values.fold_scale`.
     """
     scale = scale_values(q.scale, fmt, q.global_scale)
-    row = (scale.amax(dim=-1, keepdim=True) * (1.0 / fmt.operand_gain)).clamp(min=ROW_SCALE_FLOOR)
-    values = element_values(q.codes, fmt).unflatten(-1, (q.scale.shape[-1], -1))
-    # Clamped because a group scale is at most the row's, so only NaN could leave the range.
-    data = (values * (scale / row).unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
-    return data.flatten(-2).to(torch.float8_e4m3fn), row
+    return fold_scale(element_values(q.codes, fmt), scale, fmt)
 
 
 def rotate(x: Tensor, size: int) -> Tensor:
@@ -197,16 +187,6 @@ def _divide(x: Tensor, divisor: float) -> Tensor:
 def _floor_pow2(x: Tensor) -> Tensor:
     """Largest power of two <= x for normal fp32 x; NaN and Inf give Inf."""
     return (x.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)
-
-
-def round_bf16(x: Tensor) -> Tensor:
-    """fp32 rounded to bf16's nearest even, kept in fp32.
-
-    By bit moves, because Inductor drops a rounding that only a cast to bf16 and back expresses.
-    """
-    bits = x.contiguous().view(torch.int32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-    return torch.where(x.isnan(), x, rounded.view(torch.float32))
 
 
 def _group_scale(groups: Tensor, amax: Tensor, fmt: Format, global_scale: Tensor | None) -> Tensor:

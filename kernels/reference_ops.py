@@ -13,15 +13,16 @@ from torch import Tensor
 
 from pq_fx.errors import ConfigError, FormatError
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.pack import channels_of, unpack
-from pq_fx.kernels.reference import (
-    Quantized,
-    dequantize,
-    e4m3_operand,
-    permute_rotate,
-    round_bf16,
-)
+from pq_fx.kernels.pack import channels_of
+from pq_fx.kernels.reference import Quantized, dequantize, e4m3_operand, permute_rotate
 from pq_fx.kernels.reference import quantize as quantize_groups
+from pq_fx.kernels.values import (
+    apply_scale,
+    fold_scale,
+    packed_values,
+    round_bf16,
+    scale_values,
+)
 
 CARRIERS = ("codes", "e4m3")
 NORMS = ("layer", "rms")
@@ -152,16 +153,15 @@ def linear(
     Raises:
         FormatError: data is of no carrier, or the weight holds another number of channels.
     """
-    channels = data.shape[-1]
-    q = _weight(weight, weight_scale, weight_global_scale, weight_format, channels)
-    fmt = Format.parse(weight_format)
+    values, weight_s = _weight(
+        weight, weight_scale, weight_global_scale, weight_format, data.shape[-1]
+    )
     wide_bias = None if bias is None else bias.float()
     if data.dtype == torch.uint8:
-        activation = Quantized(data, scale, global_scale)
-        x = dequantize(activation, Format.parse(format))
-        return _cast(F.linear(x, dequantize(q, fmt), wide_bias), dtype)
+        x = dequantize(Quantized(data, scale, global_scale), Format.parse(format))
+        return _cast(F.linear(x, apply_scale(values, weight_s), wide_bias), dtype)
     if data.dtype == torch.float8_e4m3fn:
-        operand, row = e4m3_operand(q, fmt)
+        operand, row = fold_scale(values, weight_s, Format.parse(weight_format))
         y = F.linear(data.float(), operand.float()) * scale * row.squeeze(-1)
         return _cast(y if wide_bias is None else y + wide_bias, dtype)
     raise FormatError(
@@ -179,11 +179,11 @@ def linear_weight_only(
     bias: Tensor | None,
 ) -> Tensor:
     """``x @ dequantize(weight)^T + bias`` for float x [..., K]; fp32 products, x.dtype out."""
-    q = _weight(weight, weight_scale, weight_global_scale, weight_format, x.shape[-1])
-    wide_bias = None if bias is None else bias.float()
-    return _cast(
-        F.linear(x.float(), dequantize(q, Format.parse(weight_format)), wide_bias), x.dtype
+    values, weight_s = _weight(
+        weight, weight_scale, weight_global_scale, weight_format, x.shape[-1]
     )
+    wide_bias = None if bias is None else bias.float()
+    return _cast(F.linear(x.float(), apply_scale(values, weight_s), wide_bias), x.dtype)
 
 
 def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
@@ -207,10 +207,11 @@ def check_weight(weight: Tensor, fmt: Format, channels: int) -> None:
 
 def _weight(
     weight: Tensor, scale: Tensor, global_scale: Tensor | None, key: str, channels: int
-) -> Quantized:
+) -> tuple[Tensor, Tensor]:
+    """Elements fp32 [N, K] and group scales fp32 [N, G] of a packed weight."""
     fmt = Format.parse(key)
     check_weight(weight, fmt, channels)
-    return Quantized(unpack(weight, fmt, channels), scale, global_scale)
+    return packed_values(weight, fmt, channels), scale_values(scale, fmt, global_scale)
 
 
 def _cast(y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,100 @@
+"""Values of code points and scales, and how a scale meets its elements. Plain PyTorch, traceable.
+
+The lower half of `pq_fx.kernels.reference`: what bytes mean, without how they were chosen.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pq_fx.kernels.formats import Format
+from pq_fx.kernels.pack import unpack
+
+E4M3_MAX = 448.0
+# Smallest row scale of the "e4m3" carrier.
+ROW_SCALE_FLOOR = 2.0**-120
+
+
+def scale_values(scale: Tensor, fmt: Format, global_scale: Tensor | None = None) -> Tensor:
+    """Stored scales as fp32 factors of the elements, global scale multiplied in as torchao does."""
+    if fmt.scale == "e8m0":
+        wide = scale.to(torch.int32)
+        value = (wide << 23).view(torch.float32)
+        value = torch.where(wide == 0, 2.0**-127, value)
+        return torch.where(wide == 255, math.nan, value)
+    value = scale.float()
+    return value if global_scale is None else global_scale.float() * value
+
+
+def element_values(codes: Tensor, fmt: Format) -> Tensor:
+    """fp32 values of code points, before their scale. Code points outside the format: undefined."""
+    if fmt.element == "e4m3":
+        return codes.view(torch.float8_e4m3fn).float()
+    if fmt.element == "int8":
+        return codes.view(torch.int8).float()
+    sign_bit = 1 << (fmt.bits - 1)
+    magnitude = (codes & (sign_bit - 1)).float()
+    if fmt.element == "e2m1":  # 0 .5 1 1.5 | 2 3 | 4 6
+        magnitude = torch.where(
+            magnitude < 4,
+            magnitude * 0.5,
+            torch.where(magnitude < 6, magnitude - 2.0, magnitude * 2.0 - 8.0),
+        )
+    return torch.where(codes >= sign_bit, -magnitude, magnitude)
+
+
+def packed_values(packed: Tensor, fmt: Format, channels: int) -> Tensor:
+    """fp32 values [..., K] of packed rows: ``element_values(unpack(packed))``, by table look-up.
+
+    A look-up of whole bytes is several times faster on a CPU than moving their bits apart, eager
+    and compiled (weights are decoded at every call there).
+    """
+    if fmt.bits == 8:
+        return element_values(packed, fmt)
+    byte = torch.arange(256, dtype=torch.int32, device=packed.device).to(torch.uint8)
+    byte = byte.unsqueeze(-1)
+    if fmt.bits == 4:
+        return _look_up(packed, element_values(unpack(byte, fmt, 2), fmt))
+    magnitude, sign = packed.split([channels // 4, channels // 8], dim=-1)
+    two_bits = torch.cat([(byte >> (2 * i)) & 3 for i in range(4)], dim=-1).float()
+    signs = torch.cat([(byte >> i) & 1 for i in range(8)], dim=-1).float() * -2.0 + 1.0
+    return _look_up(magnitude, two_bits) * _look_up(sign, signs)
+
+
+def _look_up(packed: Tensor, table: Tensor) -> Tensor:
+    return F.embedding(packed.to(torch.int32), table).flatten(-2)
+
+
+def apply_scale(values: Tensor, scale: Tensor) -> Tensor:
+    """Elements [..., K] times their group's scale [..., G], both fp32."""
+    return (values.unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
+
+
+def fold_scale(values: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """The "e4m3" carrier: the group scale goes into the fp8 operand, one scale a row stays outside.
+
+    From elements fp32 [..., K] and group scales s fp32 [..., G] (global scale included) to
+    (data float8_e4m3fn [..., K], row scale r fp32 [..., 1]) with
+    ``r = max(max over the row of s / operand_gain, 2^-120)`` and
+    ``data = e4m3(element * (s / r))``, nearest even. operand_gain is a power of two, so data is
+    exact when every s is a power of two times the largest one (mxfp4, "pow2"; down to 2^-15 of it)
+    and for plain fp8 rows, where r = s and data are the codes. For int4, r = max(s * 7) / 448.
+    One NaN makes its row NaN.
+    """
+    row = (scale.amax(dim=-1, keepdim=True) * (1.0 / fmt.operand_gain)).clamp(min=ROW_SCALE_FLOOR)
+    data = apply_scale(values, scale / row).clamp(-E4M3_MAX, E4M3_MAX)
+    return data.to(torch.float8_e4m3fn), row
+
+
+def round_bf16(x: Tensor) -> Tensor:
+    """fp32 rounded to bf16's nearest even, kept in fp32.
+
+    By bit moves, because Inductor drops a rounding that only a cast to bf16 and back expresses.
+    """
+    bits = x.contiguous().view(torch.int32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return torch.where(x.isnan(), x, rounded.view(torch.float32))
