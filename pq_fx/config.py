@@ -252,16 +252,13 @@ class QuantConfig:
         return None if value is None else self._with_rule(value)
 
     def unmatched(self, fqns: Iterable[str]) -> list[str]:
-        """Rules and skip-list entries that decide for none of these layers: likely misspelled."""
+        """Rules that decide for none of these layers: likely misspelled.
+
+        Skip-list entries are not among them: users pass one list for several models.
+        """
         names = list(fqns)
-        used = {self.rule_for(fqn) for fqn in names}
-        rules = [r for r in self.rules or () if r not in used and r != DEFAULT_RULE]
-        skips = [
-            key
-            for key in self.modules_to_not_convert
-            if not any(key + "." in fqn + "." for fqn in names)
-        ]
-        return rules + skips
+        used = {self.rule_for(fqn) for fqn in names if not self.is_skipped(fqn)}
+        return [rule for rule in self.rules or () if rule not in used and rule != DEFAULT_RULE]
 
     # Making and storing -------------------------------------------------------------------------
 

@@ -11,11 +11,13 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from pq_fx.config import QuantConfig
 from pq_fx.errors import PQError
 
 REPORT_VERSION = 1
+_ATTRIBUTE = "quantization_report"
 
 
 class ReportError(PQError, ValueError):
@@ -179,6 +181,16 @@ class Report:
             return cls(layers=layers, config=QuantConfig.from_dict(plain["config"]), **values)
         except (KeyError, TypeError) as error:
             raise ReportError(f"the report is incomplete or damaged: {error}") from error
+
+    def attach(self, model: nn.Module) -> None:
+        """Leave the report on the model that it is about, for `pq_fx.save` to find."""
+        setattr(model, _ATTRIBUTE, self)
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> Report | None:
+        """The report that was left on a model, or None."""
+        found = getattr(model, _ATTRIBUTE, None)
+        return found if isinstance(found, cls) else None
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [_layer_table(self.quantized)] if self.quantized else []

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.console import Console
+
+from pq_fx.config import QuantConfig
+from pq_fx.report import LayerReport, Report, ReportError
+
+INT4 = "int4:64:bf16"
+
+
+def made_up(**changes) -> Report:
+    layers = [
+        LayerReport("b.q", 256, 128, INT4, INT4, "r0", "norm", 0.5, 64, 0.04, 0.02, True),
+        LayerReport("b.k", 256, 64, INT4, INT4, "r0", "norm", 0.5, 64, 0.08, 0.04, True),
+        LayerReport("b.o", 128, 256, INT4, INT4, "r1", "fold", None, 0, 0.03, 0.03, False),
+        LayerReport("mod", 256, 768, INT4),
+        LayerReport("out", 256, 48, skip_reason="final projection: it makes the output"),
+    ]
+    settings = {"seconds": 1.5, "weight_bytes": 250_000, "float_weight_bytes": 1_000_000}
+    return Report(layers, QuantConfig(rules={"re:o.*": None}), **(settings | changes))
+
+
+def test_sums():
+    report = made_up()
+    assert [layer.fqn for layer in report.skipped] == ["out"]
+    assert len(report.quantized) == 4
+    assert report.mean_layer_error == pytest.approx((0.02 + 0.04 + 0.03) / 3)
+    assert report.mean_layer_error_before == pytest.approx((0.04 + 0.08 + 0.03) / 3)
+    assert (report.regions, report.accepted_regions) == (2, 1)
+
+
+def test_a_report_of_nothing_has_no_error():
+    empty = Report((), QuantConfig())
+    assert empty.mean_layer_error == 0.0
+    assert (empty.regions, empty.accepted_regions) == (0, 0)
+    assert "0 of 0 linears" in str(empty)
+
+
+def test_json_round_trip():
+    report = made_up()
+    assert Report.from_dict(json.loads(report.to_json())) == report
+    assert report.to_json() == made_up().to_json()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_that_are_not_finite_survive_json(value):
+    odd = LayerReport("a", 64, 64, INT4, error_before=value, error_after=value)
+    text = Report((odd,), QuantConfig()).to_json()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    back = Report.from_dict(json.loads(text)).layers[0]
+    assert str(back.error_before) == str(value)
+    assert isinstance(back.error_after, float)
+
+
+def test_damaged_reports_are_refused():
+    plain = made_up().to_dict()
+    for change, says in (
+        ({"report_version": 99}, "99.*reads 1"),
+        ({"layers": [{"fqn": "a"}]}, "in_features"),
+        ({"layers": [plain["layers"][0] | {"colour": 1}]}, "colour"),
+    ):
+        with pytest.raises(ReportError, match=says):
+            Report.from_dict(plain | change)
+    with pytest.raises(ReportError, match="seconds"):
+        Report.from_dict({key: value for key, value in plain.items() if key != "seconds"})
+
+
+def test_the_table_names_each_layer_and_each_reason():
+    text = str(made_up())
+    for word in ("b.q", "256 x 128", INT4, "norm", "-50.0 %", "16 bit"):
+        assert word in text, word
+    assert "final projection: it makes the output" in text
+    assert "4 of 5 linears quantized; 1 of 2 regions" in text
+    assert "4.00x smaller" in text
+    assert "\x1b" not in text  # no colors in a log file
+
+
+def test_rich_prints_a_table():
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(made_up())
+    assert "Left in float" in console.export_text()
