@@ -165,10 +165,18 @@ def rotate(x: Tensor, size: int) -> Tensor:
     y = x if x.dtype == torch.float64 else x.float()
     stride = 1
     while stride < size:
-        # Axis -2 tells a from b, axis -1 the position inside the stride.
-        a, b = y.unflatten(-1, (-1, 2, stride)).unbind(-2)
-        y = torch.stack([a + b, a - b], dim=-2).flatten(-3)
-        stride *= 2
+        # Axis -2 tells the partners apart, axis -1 the position inside the stride. Two stages at a
+        # time where they fit: the same sums with half the passes over memory.
+        radix = 4 if size // stride >= 4 else 2
+        parts = y.unflatten(-1, (-1, radix, stride)).unbind(-2)
+        if radix == 4:
+            a, b = parts[0] + parts[1], parts[0] - parts[1]
+            c, d = parts[2] + parts[3], parts[2] - parts[3]
+            parts = (a + c, b + d, a - c, b - d)
+        else:
+            parts = (parts[0] + parts[1], parts[0] - parts[1])
+        y = torch.stack(parts, dim=-2).flatten(-3)
+        stride *= radix
     return y * (1.0 / math.sqrt(size))
 
 
