@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +104,19 @@ def load(
     plan.check_model(inner)
     report = _read_report(folder)
     tensors = _read_tensors(folder, config)
-    kept = plan.float_names(stored_names(inner))
-    plan.check_tensors(tensors, {name: _state(inner)[name] for name in kept})
-    _check_nothing_missing(inner, plan, set(kept))
-    modules = _build(plan, tensors, inner, device)
-    floats = {name: _place(tensors[name], _state(inner)[name], device) for name in kept}
+    aliases = _aliases(inner, plan)
+    stored = _float_names(inner, aliases)
+    state = _state(inner)
+    floats = {name: state[name] for name in stored.values()}
+    plan.check_tensors(tensors, floats)
+    _check_nothing_missing(inner, aliases, stored)
+    linears = _build(plan, tensors, inner, device)
+    placed = {name: _place(tensors[name], like, device) for name, like in floats.items()}
 
-    _assign(inner, floats)  # nothing below can fail
-    for fqn, linear in modules.items():
-        parent, _, name = fqn.rpartition(".")
-        setattr(inner.get_submodule(parent), name, linear)
+    _assign(inner, stored, placed)  # from here on nothing computes, so nothing can fail
+    for alias, fqn in aliases.items():
+        parent, _, name = alias.rpartition(".")
+        setattr(inner.get_submodule(parent), name, linears[fqn])
     inner.eval()
     if report is not None:
         report.attach(inner)
@@ -168,13 +171,22 @@ def stored_names(model: nn.Module) -> dict[str, str]:
     They differ for what the model holds more than once: tied parameters, and the input quantizer
     that several linears share. The first name in the model's order is stored.
     """
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(value), name) for name, value in _state(model).items()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first: dict[Any, str] = {}
+    result = {}
+    for name, value in _state(model).items():
+        parent, _, leaf = name.rpartition(".")
+        module = modules.get(parent)
+        # The tensors of quantized modules are listed by the plan, so only whole modules are shared.
+        own = isinstance(module, QuantLinear | ActivationQuantizer)
+        result[name] = first.setdefault((id(module), leaf) if own else id(value), name)
+    return result
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What goes into the weights file: each tensor once, contiguous and with memory of its own."""
     state, result = _state(model), {}
+    seen: set[int] = set()
     for name in dict.fromkeys(stored_names(model).values()):
         value = state[name]
         if not isinstance(value, Tensor):
@@ -184,8 +196,10 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
         if value.is_meta:
             raise CheckpointError(f"{name} is on the meta device: it has no data to save")
         value = value.detach().cpu().contiguous()
-        whole = value.untyped_storage().nbytes() == value.nbytes
-        result[name] = value if whole else value.clone()  # safetensors refuses views
+        memory = value.untyped_storage()
+        whole = memory.nbytes() == value.nbytes and memory.data_ptr() not in seen
+        seen.add(memory.data_ptr())
+        result[name] = value if whole else value.clone()  # safetensors refuses shared memory
     return result
 
 
@@ -222,14 +236,37 @@ def _read_report(folder: Path) -> Report | None:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
-def _check_nothing_missing(model: nn.Module, plan: Plan, stored: set[str]) -> None:
+def _aliases(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """Each name of each replaced linear -> its name in the plan; a shared one has several."""
+    names = {id(model.get_submodule(fqn)): fqn for fqn in plan.layers}
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: names[id(module)] for name, module in modules if id(module) in names}
+
+
+def _float_names(model: nn.Module, aliases: Mapping[str, str]) -> dict[str, str]:
+    """Name of each tensor outside the replaced linears -> the first of its names, as stored."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(value), name)
+        for name, value in _state(model).items()
+        if not _inside(name, aliases)
+    }
+
+
+def _inside(name: str, prefixes: Container[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:count]) in prefixes for count in range(1, len(parts)))
+
+
+def _check_nothing_missing(
+    model: nn.Module, aliases: Container[str], stored: Container[str]
+) -> None:
     """Refuse a meta model whose tensors outside the state dict (rope tables) would stay empty."""
-    first = stored_names(model)
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [
         name
         for name, value in tensors
-        if value.is_meta and first.get(name) not in stored and not plan.replaces(name)
+        if value.is_meta and name not in stored and not _inside(name, aliases)
     ]
     if missing:
         raise CheckpointError(
@@ -282,22 +319,19 @@ def _place(value: Tensor, like: Tensor, device: torch.device | str | None) -> Te
     return value if like.is_meta else value.to(like.device)
 
 
-def _assign(model: nn.Module, floats: Mapping[str, Tensor]) -> None:
+def _assign(model: nn.Module, stored: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     """Put the loaded tensors where the model held the old ones, at every name that shared them."""
-    first = stored_names(model)
     made: dict[str, nn.Parameter] = {}
-    for name, stored in first.items():
-        if stored not in floats:
-            continue
+    for name, first in stored.items():
         parent, _, leaf = name.rpartition(".")
         module = model.get_submodule(parent)
         old = module._parameters.get(leaf)
         if old is None:
-            module._buffers[leaf] = floats[stored]
+            module._buffers[leaf] = tensors[first]
         else:
-            if stored not in made:
-                made[stored] = nn.Parameter(floats[stored], requires_grad=old.requires_grad)
-            module._parameters[leaf] = made[stored]
+            if first not in made:
+                made[first] = nn.Parameter(tensors[first], requires_grad=old.requires_grad)
+            module._parameters[leaf] = made[first]
 
 
 # The folder -------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -146,15 +146,6 @@ class Plan:
                 "float model"
             )
 
-    def replaces(self, name: str) -> bool:
-        """Whether the model's tensor of this name belongs to a linear that is replaced."""
-        return any(name.startswith(f"{fqn}.") for fqn in _ancestors(name) if fqn in self.layers)
-
-    def float_names(self, stored: Mapping[str, str]) -> list[str]:
-        """Names, as stored, of the model's tensors that the checkpoint holds unquantized."""
-        kept = (first for name, first in stored.items() if not self.replaces(name))
-        return list(dict.fromkeys(kept))
-
     def expected(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
         """(dtype, shape) of each tensor of the quantized linears; dtype None: any float."""
         result: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
@@ -252,11 +243,6 @@ def _check_bijection(name: str, perm: Tensor) -> None:
         raise CheckpointError(
             f"{name} is no permutation: it does not hold each of 0 to {len(perm) - 1} once"
         )
-
-
-def _ancestors(name: str) -> Iterable[str]:
-    parts = name.split(".")
-    return (".".join(parts[:count]) for count in range(1, len(parts)))
 
 
 def _some(names: list[str]) -> str:
