@@ -47,7 +47,7 @@ def _key(codepoints: list[str]) -> str:
 
 
 def _name(emoji: str, english: str) -> str:
-    text = english.strip(":").replace("_", " ").replace("’", "'")
+    text = english.strip(":").replace("_", " ").replace("\u2019", "'")
     flag = len(emoji) == 2 and all(0x1F1E6 <= ord(c) <= 0x1F1FF for c in emoji)
     return f"flag of {text}" if flag else text
 

@@ -18,6 +18,7 @@ from pq_fx.demo.model import (
     training_record,
     velocity,
 )
+from pq_fx.demo.plots import grid, layer_errors
 from pq_fx.demo.prompts import MissingTextEncoderError, Prompts, embed, encode, load_prompts
 from pq_fx.demo.sampling import noise, psnr, sample
 
@@ -29,6 +30,8 @@ __all__ = [
     "embed",
     "encode",
     "forward_kwargs",
+    "grid",
+    "layer_errors",
     "load_model",
     "load_prompts",
     "noise",

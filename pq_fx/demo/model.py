@@ -107,7 +107,9 @@ def load_model(arch: str = "flux", dtype: torch.dtype = torch.float32) -> nn.Mod
         model.load_state_dict(load_file(path), strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the {arch} model: {error}") from error
-    return model.eval().requires_grad_(False).to(dtype)
+    model.eval().requires_grad_(False)
+    # Not ModelMixin.to, which warns about modules that its from_pretrained would keep in fp32.
+    return nn.Module.to(model, dtype)
 
 
 def arch_of(model: nn.Module) -> str:

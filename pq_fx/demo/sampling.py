@@ -6,6 +6,7 @@ two models that draw with one seed differ by their weights alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -64,7 +65,7 @@ def sample(
     for first in batches:
         part = text[first : first + batch_size].to(device)
         x = noise(len(part), seed, start + first, size).to(device)
-        for now, then in zip(times[:-1], times[1:], strict=True):
+        for now, then in itertools.pairwise(times):
             x = x + (then - now) * _guided(model, x, now, part, guidance)
             done += 1
             if progress is not None:
