@@ -2,21 +2,22 @@
 
     python bench/bench_gemm.py --out bench/results/gemm_h100.json
 
-Medians of triton's `do_bench`, microseconds. "linear" includes the decode of the packed weight.
+Device time a call in microseconds (`timing.device_microseconds`). "linear" includes the decode of the
+packed weight. Few rows: several weights in turn, so that they come from memory as in a model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import triton
-from triton.testing import do_bench
+from timing import copy_bandwidth, device_microseconds, host_microseconds
 
 from pq_fx.kernels.decode import decode_e4m3
 from pq_fx.kernels.formats import Format
@@ -33,12 +34,6 @@ SHAPES = (
     (4608, 21504, 3072),
     (4608, 3072, 15360),
 )
-
-
-def microseconds(call: Callable[[], object]) -> float:
-    return round(1000.0 * float(do_bench(call, warmup=10, rep=60, return_mode="median")), 2)
-
-
 Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
@@ -52,24 +47,28 @@ def packed_weight(fmt: Format, n: int, k: int) -> Weight:
 def many_rows(keys: list[str]) -> list[dict[str, object]]:
     results: list[dict[str, object]] = []
     for m, n, k in SHAPES:
-        x = torch.randn(m, k, device="cuda").bfloat16()
+        xs = [torch.randn(m, k, device="cuda").bfloat16() for _ in range(2)]
         w = torch.randn(n, k, device="cuda").bfloat16()
         row: dict[str, object] = {"m": m, "n": n, "k": k}
-        row["bf16"] = microseconds(lambda x=x, w=w: F.linear(x, w))
-        a = x.to(torch.float8_e4m3fn)
-        a_scale = torch.rand(m, 1, device="cuda")
+        row["bf16"] = device_microseconds([partial(F.linear, x, w) for x in xs])
         b, b_scale = w.to(torch.float8_e4m3fn), torch.rand(n, 1, device="cuda")
-        operands = (a, a_scale, b, b_scale, None, torch.bfloat16)
-        row["cublas fp8"] = microseconds(lambda o=operands: scaled_gemm(*o))
-        row["triton fp8"] = microseconds(lambda o=operands: fp8_gemm(*o))
+        a_scale = torch.rand(m, 1, device="cuda")
+        rows = [(x.to(torch.float8_e4m3fn), a_scale) for x in xs]
+        for name, gemm in (("cublas fp8", scaled_gemm), ("triton fp8", fp8_gemm)):
+            calls = [partial(gemm, *a, b, b_scale, None, torch.bfloat16) for a in rows]
+            row[name] = device_microseconds(calls)
         for key in keys:
             fmt = Format.parse(key)
-            weight = packed_weight(fmt, n, k)
-            row[f"decode {key}"] = microseconds(
-                lambda weight=weight, fmt=fmt, k=k: decode_e4m3(*weight, fmt, k)
-            )
-            args = (a, a_scale, None, key, *weight, key, None, torch.bfloat16)
-            row[f"linear {key}"] = microseconds(lambda args=args: linear(*args))
+            weights = [packed_weight(fmt, n, k) for _ in range(4)]
+            decodes = [partial(decode_e4m3, *weight, fmt, k) for weight in weights]
+            row[f"decode {key}"] = device_microseconds(decodes)
+            tail = (key, None, torch.bfloat16)
+            calls = [
+                partial(linear, *a, None, key, *weight, *tail)
+                for a, weight in product(rows, weights)
+            ]
+            row[f"linear {key}"] = device_microseconds(calls, 3)
+            row[f"linear {key}, host"] = host_microseconds(calls[0])
         print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
         results.append(row)
     return results
@@ -78,34 +77,31 @@ def many_rows(keys: list[str]) -> list[dict[str, object]]:
 def few_rows(keys: list[str], sweep: bool) -> list[dict[str, object]]:
     results: list[dict[str, object]] = []
     n, k = 18432, 3072
-    w = torch.randn(n, k, device="cuda").bfloat16()
+    floats = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(2)]
+    bandwidth = copy_bandwidth()
     for key in keys:
         fmt = Format.parse(key)
-        weight = packed_weight(fmt, n, k)
-        size = sum(t.numel() * t.element_size() for t in weight[:2])
-        for m in (1, 4, 16, 64):
+        weights = [packed_weight(fmt, n, k) for _ in range(7)]
+        size = sum(t.numel() * t.element_size() for t in weights[0][:2])
+        for m in (1, 2, 4, 8, 16, 32, 64):
             x = torch.randn(m, k, device="cuda").bfloat16()
-            row: dict[str, object] = {"format": key, "m": m, "n": n, "k": k}
-            row["bf16"] = microseconds(lambda x=x: F.linear(x, w))
-            row["linear_weight_only"] = microseconds(
-                lambda x=x, weight=weight, key=key: linear_weight_only(x, *weight, key, None)
-            )
-            row["weight bytes per us"] = round(size / float(str(row["linear_weight_only"])))
+            calls = [partial(linear_weight_only, x, *weight, key, None) for weight in weights]
+            us = device_microseconds(calls)
+            row: dict[str, object] = {"format": key, "m": m, "n": n, "k": k, "us": us}
+            row["bf16"] = device_microseconds([partial(F.linear, x, w) for w in floats])
+            row["share of copy bandwidth"] = round(size / us / bandwidth, 3)
+            row["host"] = host_microseconds(calls[0])
             print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
             results.append(row)
-        if sweep and fmt.bits == 4:
-            x = torch.randn(1, k, device="cuda").bfloat16()
-            for bn, bk, stages, warps in product((8, 16, 32), (512, 1024), (1, 4), (4,)):
-                us = microseconds(
-                    lambda x=x, weight=weight, fmt=fmt, bn=bn, bk=bk, stages=stages, warps=warps: (
-                        gemv(
-                            x, *weight, fmt, None, block_n=bn, block_k=bk, stages=stages,
-                            warps=warps,
-                        )
-                    )
-                )  # fmt: skip
-                results.append({"format": key, "sweep": [bn, bk, stages, warps], "us": us})
-                print(f"gemv {key} block {bn}x{bk} stages {stages} warps {warps}: {us}", flush=True)
+        if not sweep or fmt.bits != 4:
+            continue
+        x = torch.randn(1, k, device="cuda").bfloat16()
+        for bn, bk, stages, warps in product((4, 8, 16, 32), (512, 1024), (1, 4), (1, 4)):
+            sizes = {"block_n": bn, "block_k": bk, "stages": stages, "warps": warps}
+            calls = [partial(gemv, x, *weight, fmt, None, **sizes) for weight in weights]
+            us = device_microseconds(calls)
+            results.append({"format": key, **sizes, "us": us})
+            print(f"gemv {key} block {bn}x{bk} stages {stages} warps {warps}: {us}", flush=True)
     return results
 
 

@@ -2,44 +2,36 @@
 
     python bench/bench_norm_quantize.py --out bench/results/norm_quantize_h100.json
 
-Medians of triton's `do_bench` (the cache is flushed between runs), microseconds; the floor is bytes
-read plus written over the measured bandwidth of a device-to-device copy.
+Device time a call in microseconds (`timing.device_microseconds`); the floor is bytes read plus written
+over the measured bandwidth of a device-to-device copy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
-from triton.testing import do_bench
+from timing import copy_bandwidth, device_microseconds, host_microseconds
 
 from pq_fx.kernels.activation_quantize import act_quantize
 from pq_fx.kernels.norm_quantize import norm_quantize
 
-
-def microseconds(call: Callable[[], object]) -> float:
-    return round(1000.0 * float(do_bench(call, warmup=10, rep=60, return_mode="median")), 2)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a microsecond of a device-to-device copy, read plus written."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2.0 * source.numel() / microseconds(lambda: target.copy_(source))
+L2_BYTES = 200e6
 
 
 def variants(key: str, rows: int, channels: int) -> dict[str, float]:
     """Time of each form of the two kernels on x [rows, channels] bf16."""
     group = int(key.split(":")[1]) or 64
-    x = torch.randn(1, rows, channels, device="cuda").bfloat16()
+    sets = max(1, round(L2_BYTES / (rows * channels * 3)))
+    xs = [torch.randn(1, rows, channels, device="cuda").bfloat16() for _ in range(sets)]
     scale, shift = torch.randn(1, 2 * channels, device="cuda").bfloat16().chunk(2, dim=-1)
     perm = torch.randperm(channels, device="cuda").int()
     glob = torch.tensor(0.01, device="cuda") if key.startswith("nvfp4") else None
-    times = {"copy bf16": microseconds(lambda: torch.empty_like(x).copy_(x))}
+    times = {"copy bf16": device_microseconds([partial(torch.clone, x) for x in xs])}
     for label, p, rotation, chip in (
         ("plain", None, 0, True),
         ("reorder on chip", perm, 0, True),
@@ -48,23 +40,16 @@ def variants(key: str, rows: int, channels: int) -> dict[str, float]:
         ("reorder on chip + rotate", perm, group, True),
         ("reorder by loads + rotate", perm, group, False),
     ):
-        for carrier in ("e4m3", "codes"):
-            if carrier == "codes" and label not in ("plain", "reorder on chip + rotate"):
-                continue
-
-            def norm(p=p, rotation=rotation, chip=chip, carrier=carrier):  # type: ignore[no-untyped-def]
-                return norm_quantize(
-                    x, "layer", None, None, 1e-6, scale, shift, p, glob, key, rotation, carrier,
-                    on_chip=chip,
-                )  # fmt: skip
-
-            def act(p=p, rotation=rotation, chip=chip, carrier=carrier):  # type: ignore[no-untyped-def]
-                return act_quantize(
-                    x, None, "gelu_tanh", p, glob, key, rotation, carrier, on_chip=chip
-                )
-
-            times[f"norm {carrier} {label}"] = microseconds(norm)
-            times[f"gelu {carrier} {label}"] = microseconds(act)
+        tail = (p, glob, key, rotation, "e4m3")
+        norms = [
+            partial(norm_quantize, x, "layer", None, None, 1e-6, scale, shift, *tail, on_chip=chip)
+            for x in xs
+        ]
+        acts = [partial(act_quantize, x, None, "gelu_tanh", *tail, on_chip=chip) for x in xs]
+        times[f"norm {label}"] = device_microseconds(norms)
+        times[f"gelu {label}"] = device_microseconds(acts)
+        if label == "plain":
+            times["norm plain, host"] = host_microseconds(norms[0])
     return times
 
 

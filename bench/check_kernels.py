@@ -2,6 +2,7 @@
 
     python bench/check_kernels.py --out bench/results/kernels_h100.json
     compute-sanitizer --tool memcheck python bench/check_kernels.py --small --out /tmp/small.json
+    TRITON_INTERPRET=1 python bench/check_kernels.py --small --interpret --out /tmp/small.json
 
 Packing is exact, and so are codes and scales where no norm or transcendental function comes first;
 outputs are held to the bounds of tests/thresholds.py. Fresh random inputs at odd sizes, strided
@@ -16,8 +17,9 @@ import importlib.util
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import pq_fx.kernels.ops  # noqa: F401  (registers torch.ops.pq)
 from pq_fx.kernels import reference, reference_ops
 from pq_fx.kernels.formats import Format
+from pq_fx.kernels.ops import _TRITON
 from pq_fx.kernels.pack import pack, unpack
 
 KEYS = (
@@ -61,6 +63,13 @@ BOUNDS = thresholds()
 
 class CheckFailed(AssertionError):
     """A kernel disagrees with the reference; the message names the case."""
+
+
+def op(name: str, device: str) -> Callable[..., Any]:
+    """The op as a model calls it; without a GPU its Triton launcher, for Triton's interpreter."""
+    if device == "cuda":
+        return getattr(torch.ops.pq, name)
+    return getattr(import_module(_TRITON[name]), name)
 
 
 def to_device(args: tuple[Any, ...], device: str) -> list[Any]:
@@ -99,7 +108,7 @@ def check_quantized(
 ) -> dict[str, Any]:
     """Run a quantize op on both devices, compare bytes; `allowed` is the share that may differ."""
     expected_data, expected_scale = getattr(reference_ops, name)(*args)
-    data, scale = getattr(torch.ops.pq, name)(*to_device(args, device))
+    data, scale = op(name, device)(*to_device(args, device))
     data, scale = data.cpu(), scale.cpu()
     if data.shape != expected_data.shape or scale.shape != expected_scale.shape:
         raise CheckFailed(f"{case}: shapes {data.shape}, {scale.shape}")
@@ -195,7 +204,9 @@ def check_output(
     case: str, name: str, args: tuple[Any, ...], device: str, bound: float
 ) -> dict[str, Any]:
     expected = getattr(reference_ops, name)(*args)
-    out = getattr(torch.ops.pq, name)(*to_device(args, device)).cpu()
+    out = op(name, device)(*to_device(args, device)).cpu()
+    if device == "cpu" and out.dtype == torch.bfloat16:
+        bound = BOUNDS.INTERPRETER_BF16_ERROR
     if out.shape != expected.shape or out.dtype != expected.dtype:
         raise CheckFailed(f"{case}: {out.shape} {out.dtype}, expected {expected.shape}")
     if not bool(out.isfinite().all()):
@@ -290,15 +301,16 @@ def main() -> None:
         "--small", action="store_true", help="few small cases, for compute-sanitizer"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--interpret", action="store_true", help="on the CPU; no CUDA device")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args()
     import triton
 
     begin = time.perf_counter()
-    checks = run(args.small, args.seed, args.jobs)
+    device = "cpu" if args.interpret else "cuda"
+    checks = run(args.small, args.seed, args.jobs, device)
     result = {
-        "device": torch.cuda.get_device_name(),
-        "capability": list(torch.cuda.get_device_capability()),
+        "device": "Triton interpreter" if args.interpret else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "seed": args.seed,

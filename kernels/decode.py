@@ -51,9 +51,9 @@ def _decode_kernel(
     global_ptr,
     out_ptr,
     row_ptr,
-    CHANNELS,
     weight_stride,
     scale_stride,
+    CHANNELS: tl.constexpr,
     HAS_GLOBAL: tl.constexpr,
     LENGTH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -81,11 +81,12 @@ def _decode_kernel(
         largest = tl.where(largest == largest, tl.maximum(largest, _ROW_SCALE_FLOOR), largest)
         factor = tl.div_rn(factor, tl.zeros_like(factor) + largest)
         tl.store(row_ptr + row, largest)
-    # Not a reshape of one range: the compiler must see that neighbors are contiguous.
+    # Not a reshape of one range, and a constant row length: the compiler must see that neighbors
+    # are contiguous and their masks equal, or it loads single bytes.
     offsets = index[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     if ELEMENT == "int4" or ELEMENT == "e2m1":
         pairs = index[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
-        packed = tl.load(weight_ptr + pairs, mask=pairs * 2 < CHANNELS, other=0)
+        packed = tl.load(weight_ptr + pairs, mask=pairs < CHANNELS // 2, other=0)
         low = code_value(packed & 15, ELEMENT) * factor[:, None]
         high = code_value(packed >> 4, ELEMENT) * factor[:, None]
         elements = tl.reshape(tl.join(low, high), [LENGTH // GROUP, GROUP])
@@ -144,9 +145,9 @@ def _launch(
             weight if global_scale is None else global_scale,
             out.view(torch.uint8) if to_fp8 else out,
             row,
-            channels,
             weight.stride(0),
             scale.stride(0),
+            CHANNELS=channels,
             HAS_GLOBAL=global_scale is not None,
             LENGTH=length,
             GROUP=fmt.group_size or length,

@@ -68,24 +68,25 @@ def _gemv_kernel(
     PART: tl.constexpr = GROUP if GROUP > 0 else BLOCK_K
     GROUPS: tl.constexpr = BLOCK_K // PART
     total = tl.zeros((BLOCK_N, GROUPS), dtype=tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    # Counted in blocks: products with constants keep the alignment visible to the compiler.
+    for block in tl.range(0, (K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
         if ELEMENT == "int4" or ELEMENT == "e2m1":
-            pair = start // 2 + tl.arange(0, BLOCK_K // 2)
-            packed = tl.load(weight_rows + pair[None, :], mask=(pair * 2 < K)[None, :], other=0)
-            channel = start + tl.arange(0, BLOCK_K)
+            pair = block * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+            packed = tl.load(weight_rows + pair[None, :], mask=(pair < K // 2)[None, :], other=0)
+            channel = block * BLOCK_K + tl.arange(0, BLOCK_K)
             x = tl.load(x_ptr + channel, mask=channel < K, other=0.0).to(tl.float32)
             even, odd = tl.split(tl.reshape(x, [BLOCK_K // 2, 2]))
             products = code_value(packed & 15, ELEMENT) * even[None, :]
             products += code_value(packed >> 4, ELEMENT) * odd[None, :]
             grouped = tl.reshape(products, [BLOCK_N, GROUPS, PART // 2])
         else:
-            channel = start + tl.arange(0, BLOCK_K)
+            channel = block * BLOCK_K + tl.arange(0, BLOCK_K)
             inside = channel < K
             x = tl.load(x_ptr + channel, mask=inside, other=0.0).to(tl.float32)
             code = load_code(weight_rows, channel[None, :], inside[None, :], K, ELEMENT)
             products = code_value(code, ELEMENT) * x[None, :]
             grouped = tl.reshape(products, [BLOCK_N, GROUPS, PART])
-        group = start // PART + tl.arange(0, GROUPS)
+        group = block * GROUPS + tl.arange(0, GROUPS)
         if GROUP > 0:
             stored = tl.load(
                 scale_rows + group[None, :], mask=(group * GROUP < K)[None, :], other=0

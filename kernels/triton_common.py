@@ -359,7 +359,9 @@ def round_elements(
     if ELEMENT == "e2m1":
         return clamp_symmetric(round_float_lattice(clamp_symmetric(scaled, TOP), 0, 1), TOP)
     elif ELEMENT == "e4m3":
-        return round_float_lattice(clamp_symmetric(scaled, TOP), -6, 3)
+        magnitude = tl.abs(round_float_lattice(clamp_symmetric(scaled, TOP), -6, 3))
+        # The sign of the input: the division's last multiply-add turns -0 into +0.
+        return float_of(bits_of(magnitude) | (bits_of(groups) & -2147483648))
     elif SCALE == "pow2":
         return clamp_symmetric(round_integer(scaled), TOP)
     else:

@@ -1,0 +1,177 @@
+"""The Triton kernels compile to machine code for every supported chip, without a GPU."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pq_fx.kernels.formats import Format
+
+CHIPS = (80, 89, 90, 100, 120)
+FP8_CHIPS = CHIPS[1:]
+
+
+def kernels(name: str) -> Any:
+    return import_module(f"pq_fx.kernels.{name}")
+
+
+def compile_kernel(
+    kernel: Any, chip: int, constants: dict[str, Any], types: dict[str, str], **options: Any
+) -> Any:
+    """Compile as the launcher would: pointers, row lengths and strides divisible by 16."""
+    names = [p.name for p in kernel.params]
+    signature, attributes = {}, {}
+    for i, name in enumerate(names):
+        kind = "*bf16" if name.endswith("_ptr") else "i32"
+        signature[name] = "constexpr" if name in constants else types.get(name, kind)
+        if name not in constants and signature[name] != "fp32":
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(k),): v for k, v in constants.items()},
+        attrs=attributes,
+    )
+    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+
+
+def check_target(compiled: Any, chip: int) -> str:
+    """The PTX, after: it names the chip, machine code exists, nothing spilled into local memory."""
+    ptx = compiled.asm["ptx"]
+    assert re.search(rf"\.target sm_{chip}a?\b", ptx)
+    assert len(compiled.asm["cubin"]) > 1000
+    assert "ld.local" not in ptx and "st.local" not in ptx
+    return ptx
+
+
+def row_constants(key: str, carrier: str, chip: int, **more: Any) -> dict[str, Any]:
+    activation = kernels("activation_quantize")
+    constants = activation.format_constants(Format.parse(key), 1024, 16, carrier)
+    return {**constants, "NATIVE_FP8": chip >= 89, **more}
+
+
+ROW_TYPES = {"perm_ptr": "*i32", "global_ptr": "*fp32", "data_ptr": "*u8", "eps": "fp32"}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_norm_quantize(chip: int) -> None:
+    carrier = "codes" if chip == 80 else "e4m3"
+    flags = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_GLOBAL"), False)
+    flags |= dict.fromkeys(("RMS", "HAS_SCALE", "HAS_SHIFT", "HAS_PERM", "ON_CHIP"), True)
+    constants = row_constants("int4:64:bf16", carrier, chip, **flags)
+    types = {**ROW_TYPES, "scale_ptr": "*bf16" if chip == 80 else "*fp32"}
+    kernel = kernels("norm_quantize")._norm_quantize_kernel
+    ptx = check_target(
+        compile_kernel(kernel, chip, constants, types, enable_fp_fusion=False, num_warps=2), chip
+    )
+    # The codes leave in wide stores, and fp8 bytes come from the hardware's conversion.
+    assert "st.global.v" in ptx
+    assert ("e4m3x2" in ptx) == (chip >= 89)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_act_quantize(chip: int) -> None:
+    flags = {"ACT": "gelu_tanh", "HAS_GATE": True, "HAS_PERM": True, "HAS_GLOBAL": True}
+    constants = row_constants("nvfp4:16:e4m3", "codes", chip, **flags, ON_CHIP=False)
+    kernel = kernels("activation_quantize")._act_quantize_kernel
+    types = {**ROW_TYPES, "scale_ptr": "*u8"}
+    check_target(
+        compile_kernel(kernel, chip, constants, types, enable_fp_fusion=False, num_warps=2), chip
+    )
+
+
+@pytest.mark.parametrize("chip", FP8_CHIPS)
+@pytest.mark.parametrize("key", ["int4:64:bf16", "int3:64:bf16"])
+def test_decode(chip: int, key: str) -> None:
+    if key.startswith("int3") and chip != 90:
+        pytest.skip("one chip is enough for the second layout")
+    fmt = Format.parse(key)
+    constants = {
+        "HAS_GLOBAL": False,
+        "LENGTH": 1024,
+        "CHANNELS": 768,
+        "GROUP": fmt.group_size,
+        "ELEMENT": fmt.element,
+        "SCALE": fmt.scale,
+        "GAIN": float(fmt.operand_gain),
+        "TO_FP8": True,
+        "NATIVE_FP8": True,
+    }
+    types = {"weight_ptr": "*u8", "global_ptr": "*fp32", "out_ptr": "*u8", "row_ptr": "*fp32"}
+    kernel = kernels("decode")._decode_kernel
+    ptx = check_target(
+        compile_kernel(kernel, chip, constants, types, enable_fp_fusion=False, num_warps=2), chip
+    )
+    assert "st.global.v" in ptx
+
+
+@pytest.mark.parametrize("chip", FP8_CHIPS)
+def test_fp8_gemm_uses_fp8_tensor_cores(chip: int) -> None:
+    constants = {
+        "K": 256,
+        "HAS_BIAS": True,
+        "NATIVE_FP8": True,
+        "BLOCK_M": 64,
+        "BLOCK_N": 64,
+        "BLOCK_K": 64,
+        "GROUP_M": 8,
+    }
+    types = {"a_ptr": "*fp8e4nv", "b_ptr": "*fp8e4nv"}
+    types |= {"a_scale_ptr": "*fp32", "b_scale_ptr": "*fp32"}
+    kernel = kernels("gemm_fp8")._fp8_gemm_kernel
+    ptx = check_target(compile_kernel(kernel, chip, constants, types, num_warps=4), chip)
+    instruction = {89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+    assert instruction[chip] in ptx
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_dequantizing_gemm(chip: int) -> None:
+    constants = {
+        "K": 256,
+        "A_ELEMENT": "int4",
+        "A_SCALE": "bf16",
+        "A_GROUP": 64,
+        "HAS_A_GLOBAL": False,
+        "B_ELEMENT": "int4",
+        "B_SCALE": "bf16",
+        "B_GROUP": 64,
+        "HAS_B_GLOBAL": False,
+        "HAS_BIAS": False,
+        "DOT": triton.language.bfloat16,
+        "BLOCK_M": 64,
+        "BLOCK_N": 64,
+        "BLOCK_K": 64,
+    }
+    types = {"a_ptr": "*u8", "b_ptr": "*u8", "a_global_ptr": "*fp32", "b_global_ptr": "*fp32"}
+    kernel = kernels("gemm_codes")._dequantizing_gemm_kernel
+    ptx = check_target(compile_kernel(kernel, chip, constants, types, num_warps=4), chip)
+    assert "mma" in ptx and "bf16" in ptx
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_gemv(chip: int) -> None:
+    constants = {
+        "K": 3072,
+        "HAS_GLOBAL": False,
+        "HAS_BIAS": True,
+        "ELEMENT": "int4",
+        "SCALE": "bf16",
+        "GROUP": 64,
+        "BLOCK_N": 16,
+        "BLOCK_K": 512,
+        "STAGES": 1,
+    }
+    types = {"weight_ptr": "*u8", "global_ptr": "*fp32"}
+    kernel = kernels("gemv")._gemv_kernel
+    ptx = check_target(compile_kernel(kernel, chip, constants, types, num_warps=4), chip)
+    # 16 packed bytes a thread in one load.
+    assert re.search(r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg\.shared\.global", ptx)

@@ -1,0 +1,75 @@
+"""The Triton kernels in Triton's interpreter on the CPU: byte for byte the reference, no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+CHECK = Path(__file__).resolve().parents[2] / "bench" / "check_kernels.py"
+
+
+@pytest.fixture(scope="module")
+def checks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """All small checks; in a process of its own, for Triton reads the variable at its import."""
+    out = tmp_path_factory.mktemp("interpreter") / "checks.json"
+    command = [sys.executable, str(CHECK), "--small", "--interpret", "--seed", "7"]
+    done = subprocess.run(
+        [*command, "--out", str(out)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text())["checks"]
+
+
+@pytest.mark.parametrize(
+    "op", ["quantize", "act_quantize", "norm_quantize", "linear", "linear_weight_only"]
+)
+def test_kernel_equals_reference(checks: list[dict[str, Any]], op: str) -> None:
+    found = [c for c in checks if c["case"].split()[0] == op]
+    assert len(found) >= 6
+    assert all(c.get("codes_differ", c.get("relative_error")) <= c["allowed"] for c in found)
+
+
+def test_codes_are_exact_without_a_norm(checks: list[dict[str, Any]]) -> None:
+    found = [c for c in checks if c["case"].startswith("quantize ")]
+    assert {c["allowed"] for c in found} == {0.0}
+    assert {c["codes_differ"] + c["scales_differ"] for c in found} == {0.0}
+
+
+@pytest.mark.parametrize("planted", ["code", "scale"])
+def test_the_check_catches_a_wrong_byte(planted: str) -> None:
+    """One wrong byte in an output must stop the check: it is not blind."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(CHECK.parent)!r})
+import check_kernels as c, torch
+true = c.op("quantize", "cpu")
+def wrong(*args):
+    data, scale = true(*args)
+    if data.numel():
+        (data if {planted!r} == "code" else scale).view(torch.uint8).view(-1)[0] ^= 1
+    return data, scale
+c.op = lambda name, device: wrong
+try:
+    c.run_one("quantize", "int4:64:bf16", True, 0, "cpu")
+except c.CheckFailed:
+    sys.exit(0)
+sys.exit("not caught")
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
