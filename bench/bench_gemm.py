@@ -2,8 +2,8 @@
 
     python bench/bench_gemm.py --out bench/results/gemm_h100.json
 
-Device time a call in microseconds (`timing.device_microseconds`). "linear" includes the decode of the
-packed weight. Few rows: several weights in turn, so that they come from memory as in a model.
+Device time a call in microseconds (`timing.device_microseconds`). "linear" includes the decode of
+the packed weight. Few rows: several weights in turn, so that they come from memory as in a model.
 """
 
 from __future__ import annotations

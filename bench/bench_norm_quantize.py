@@ -2,8 +2,8 @@
 
     python bench/bench_norm_quantize.py --out bench/results/norm_quantize_h100.json
 
-Device time a call in microseconds (`timing.device_microseconds`); the floor is bytes read plus written
-over the measured bandwidth of a device-to-device copy.
+Device time a call in microseconds (`timing.device_microseconds`); the floor is bytes read plus
+written over the measured bandwidth of a device-to-device copy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the benches time: CUDA graphs over several input sets, so neither the host nor the L2 shows."""
+"""How the benches time: CUDA graphs over several input sets; neither host nor L2 shows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def device_microseconds(calls: Sequence[Call], repeats: int = 12, replays: int =
 
 
 def host_microseconds(call: Call, repeats: int = 50) -> float:
-    """Time that the host spends on one call (Python, dispatch, launch), the device not waited for."""
+    """Time the host spends on one call (Python, dispatch, launch); the device is not awaited."""
     for _ in range(5):
         call()
     torch.cuda.synchronize()
