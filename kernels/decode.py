@@ -27,7 +27,6 @@ from pq_fx.kernels.triton_common import (
     on_device_of,
     padded_length,
     require,
-    row_warps,
     scale_dtype,
     scale_value,
     storage_bytes,
@@ -156,7 +155,7 @@ def _launch(
             GAIN=float(fmt.operand_gain),
             TO_FP8=to_fp8,
             NATIVE_FP8=native_fp8(weight.device),
-            num_warps=min(row_warps(length), 8),
+            num_warps=min(max(length // 4096, 1), 8),
             enable_fp_fusion=False,
         )
 

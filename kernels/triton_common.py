@@ -109,8 +109,8 @@ def padded_length(channels: int) -> int:
 
 
 def row_warps(length: int) -> int:
-    """Warps of a program that holds a row of `length`: 16 elements a thread where possible."""
-    return min(max(length // 512, 1), 16 if length <= 16384 else 32)
+    """Warps of a program that holds a row of `length`: 32 elements a thread (measured on H100)."""
+    return min(max(length // 1024, 1), 32)
 
 
 def scale_dtype(fmt: Format) -> torch.dtype:
@@ -237,11 +237,11 @@ def code_value(code, ELEMENT: tl.constexpr):
         return code.to(tl.int8, bitcast=True).to(tl.float32)
     elif ELEMENT == "int4":
         wide = code.to(tl.int32)
-        magnitude = (wide & 7).to(tl.float32)
+        magnitude = float_of((wide & 7) | 0x4B000000) - 8388608.0  # cheaper than a conversion
         return float_of(bits_of(magnitude) ^ ((wide & 8) << 28))
     elif ELEMENT == "int3":
         wide = code.to(tl.int32)
-        magnitude = (wide & 3).to(tl.float32)
+        magnitude = float_of((wide & 3) | 0x4B000000) - 8388608.0
         return float_of(bits_of(magnitude) ^ ((wide & 4) << 29))
     else:
         tl.static_assert(ELEMENT == "e2m1")
