@@ -14,7 +14,9 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
+from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -30,8 +32,10 @@ __all__ = [
     "dynamo_root",
     "dynamo_value",
     "hint",
+    "list_mode_options",
     "make_fx",
     "real_mode",
+    "select_decomp_table",
     "statically_known_true",
     "trace_pre_dispatch",
     "unset_fake_temporarily",

@@ -134,9 +134,8 @@ def _per_channel(part: fx.Node, shape: tuple[Any, ...]) -> bool:
     own = shape_of(part)
     if not own or str(own[-1]) != str(shape[-1]):
         return False
-    return all(n == 1 for n in own[1:-1] if isinstance(n, int)) and all(
-        isinstance(n, int) for n in own[1:-1]
-    ) and (len(own) < len(shape) and all(n == 1 for n in own[:-1] if isinstance(n, int)) or len(own) == len(shape))
+    tokens = own[1:-1] if len(own) == len(shape) else own[:-1]
+    return all(isinstance(n, int) and n == 1 for n in tokens)
 
 
 def _one_plus(node: fx.Node) -> fx.Node | None:

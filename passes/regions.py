@@ -14,7 +14,7 @@ channels (both streams of a joint attention), so that folding must treat them al
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -87,20 +87,21 @@ def find_regions(gm: fx.GraphModule, params: Mapping[str, torch.Tensor]) -> Regi
     by_weight: dict[str, Linear] = {}
     readers: dict[fx.Node, list[Linear]] = {}
     for linear in linears:
-        if linear.weight in by_weight and linear.treatment != "skip":
+        if linear.weight in by_weight:
             # One parameter, two places: both inputs would need one permutation and one scale. Rare (DiT's embedder).
-            linear = _replace(linear, "its weight is used by two linears")
+            linear = _impossible(linear, "its weight is used by two linears")
         by_weight[linear.weight] = linear
     for linear in by_weight.values():
-        if linear.treatment != "skip":
+        if linear.treatment != "impossible":
             readers.setdefault(source(linear.node.args[0]), []).append(linear)  # type: ignore[arg-type]
     found = RegionMap(by_weight)
     points: list[Point] = []
     for node, group in readers.items():
-        for one_row in (False, True):
-            members = [g for g in group if (g.treatment == "weight_only") == one_row]
+        for treatment in ("quantize", "weight_only", "leave"):
+            members = [g for g in group if g.treatment == treatment]
             if not members:
                 continue
+            one_row = treatment == "weight_only"
             absorb = "norm" if match_norm(node) is not None else "quantize"
             point = Point(members[0].weight, tuple(m.weight for m in members), members[0].in_features, absorb, one_row)
             points.append(point)
@@ -109,10 +110,8 @@ def find_regions(gm: fx.GraphModule, params: Mapping[str, torch.Tensor]) -> Regi
     return found
 
 
-def _replace(linear: Linear, reason: str) -> Linear:
-    return Linear(
-        linear.node, linear.weight, linear.bias, linear.in_features, linear.out_features, linear.rows, "skip", reason
-    )
+def _impossible(linear: Linear, reason: str) -> Linear:
+    return replace(linear, treatment="impossible", reason=reason)
 
 
 def _group(points: list[Point], channels: Channels, linears: dict[str, Linear]) -> list[Region]:

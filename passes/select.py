@@ -38,7 +38,7 @@ class Linear:
     in_features: int
     out_features: int
     rows: int
-    treatment: str  # "quantize" | "weight_only" | "skip"
+    treatment: str  # "quantize" | "weight_only" | "leave" (a user's rule may overrule it) | "impossible"
     reason: str  # why, where it is not "quantize"
 
 
@@ -57,13 +57,13 @@ def select(gm: fx.GraphModule, params: set[str]) -> list[Linear]:
         out_features, in_features = (int(s) for s in meta.shape)
         treatment, reason = "quantize", ""
         if weight.name not in params:
-            treatment, reason = "skip", "its weight is computed in the graph, not a parameter"
+            treatment, reason = "impossible", "its weight is computed in the graph, not a parameter"
         elif mixes and not after_linear[node] and not after_mixing[node]:
-            treatment, reason = "skip", "embedder: it reads an input of the model"
+            treatment, reason = "leave", "embedder: it reads an input of the model"
         elif mixes and not after_mixing[node] and _feeds_linear(node, after_mixing):
-            treatment, reason = "skip", "embedder: it comes before any norm or attention"
+            treatment, reason = "leave", "embedder: it comes before any norm or attention"
         elif mixes and _is_final(node):
-            treatment, reason = "skip", "final projection: it makes the model's output"
+            treatment, reason = "leave", "final projection: it makes the model's output"
         elif _one_row(node) and _rows(node) * FEW_ROWS <= most:
             treatment, reason = "weight_only", "one row a sample: weights only"
         result.append(

@@ -1,0 +1,139 @@
+"""The torch.compile backend "permuquant".
+
+On a quantized model it lowers: retrace, fuse, hand over to Inductor. On a float model, with `calibration_steps` in
+its options, it calibrates in the first calls, converts, and lowers when Dynamo compiles the changed model again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pq_fx.calibrate import ObservedGraph
+from pq_fx.config import QuantConfig
+from pq_fx.errors import ConfigError
+from pq_fx.kernels import ops
+from pq_fx.modules import quantized_linears
+from pq_fx.passes import _torch, verify
+from pq_fx.passes.lower import lower, quantized_operations
+from pq_fx.passes.retrace import retrace
+from pq_fx.quantizer import Quantizer
+
+log = logging.getLogger("pq_fx")
+Compiled = Callable[..., Any]
+_OWN = {f for f in QuantConfig.__dataclass_fields__}
+STEPS = "calibration_steps"
+
+
+def permuquant(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Compiled:
+    """Compile one graph of a quantized model, or start quantizing a float one.
+
+    `options` may hold any field of QuantConfig or `preset`, and `calibration_steps` (how many calls calibrate a float
+    model); all others, and `mode`, go to Inductor. Raises ConfigError for a float model without `calibration_steps`.
+    """
+    settings, inductor = _split(options or {})
+    root = _torch.dynamo_root()
+    if _is_quantized(gm, root):
+        return compile_quantized(gm, example_inputs, mode=mode, options=inductor)
+    if root is None or STEPS not in settings:
+        raise ConfigError(
+            "this model is not quantized. Quantize it first (pq_fx.prepare, calibrate, convert; or pq_fx.load), or let "
+            'its first calls calibrate it: torch.compile(model, backend="permuquant", options={"format": "int4", '
+            '"calibration_steps": 28})'
+        )
+    return _first_calls(root, settings).compile(gm, example_inputs)
+
+
+def compile_quantized(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Compiled:
+    """Retrace, lower and hand a quantized model's graph to Inductor."""
+    traced = retrace(gm)
+    counts = lower(traced)
+    verify.verify_graph(traced)
+    log.info("lowered: %s; %s", counts, quantized_operations(traced))
+    patches = dict(_torch.list_mode_options(mode)) if mode and mode != "default" else {}
+    patches.update(options or {})
+    return _torch.compile_fx(
+        traced, list(example_inputs), config_patches=patches or None, decompositions=_decompositions(example_inputs)
+    )
+
+
+def _decompositions(example_inputs: Sequence[Any]) -> dict[Any, Compiled] | None:
+    """On a CPU the operations are taken apart, so that Inductor compiles the reference; elsewhere they are kernels."""
+    if any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in example_inputs):
+        return None
+    return {**_torch.select_decomp_table(), **ops.decompositions()}
+
+
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    own = {k: v for k, v in options.items() if k in _OWN or k in (STEPS, "preset")}
+    return own, {k: v for k, v in options.items() if k not in own}
+
+
+def _is_quantized(gm: fx.GraphModule, root: nn.Module | None) -> bool:
+    """A graph piece without linears still belongs to a quantized model, so the root module decides."""
+    if any(str(n.target).startswith("pq.") for n in gm.graph.nodes if n.op == "call_function"):
+        return True
+    return root is not None and bool(quantized_linears(root))
+
+
+class _FirstCalls:
+    """Calibrates a float model in its first `steps` calls, then converts it."""
+
+    def __init__(self, model: nn.Module, config: QuantConfig, steps: int) -> None:
+        self.quantizer = Quantizer(model, config)
+        self.observer = self.quantizer.observer()
+        self.steps = steps
+        self.leader: torch.Tensor | None = None
+        self.done = False
+        log.info("permuquant: calibrating %s in its first %d calls", type(model).__name__, steps)
+
+    def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        """Watch one graph."""
+        run = self.observer(gm, example_inputs)
+        if self.leader is None:
+            self.leader = example_inputs[next(iter(run.params.values()))]
+        return lambda *args: self._call(run, args)
+
+    def _call(self, run: ObservedGraph, args: Sequence[Any]) -> Any:
+        result = run(*args)
+        # A model with graph breaks runs several graphs a call; the one that reads the leader counts.
+        if not self.done and any(args[i] is self.leader for i in run.params.values()):
+            self.quantizer.count_call()
+            log.info("permuquant: calibration call %d of %d", self.quantizer.statistics().calls, self.steps)
+            if self.quantizer.statistics().calls >= self.steps:
+                self.done = True
+                report = self.quantizer.convert()
+                log.info("permuquant: converted; the next call compiles the quantized model; %s", report.summary)
+        return result
+
+
+_calibrating: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _first_calls(root: nn.Module, settings: dict[str, Any]) -> _FirstCalls:
+    if root not in _calibrating:
+        settings = dict(settings)
+        steps = settings.pop(STEPS)
+        preset = settings.pop("preset", None)
+        if not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"calibration_steps must be a positive whole number, found {steps!r}")
+        config = QuantConfig.preset(preset, **settings) if preset else QuantConfig.of(settings)
+        _calibrating[root] = _FirstCalls(root, config, steps)
+    return _calibrating[root]

@@ -1,0 +1,104 @@
+"""Calibration: the model runs as the user calls it, through graphs that watch their points.
+
+The observing backend retraces each graph that Dynamo hands it, finds its regions, inserts observers and runs it as it
+is, without Inductor. Statistics are kept per parameter, not per graph: one graph may serve many blocks, and a new
+resolution makes a new graph of the same parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from pq_fx.errors import CalibrationError
+from pq_fx.passes import observe, verify
+from pq_fx.passes.regions import RegionMap, find_regions
+from pq_fx.passes.retrace import parameter_inputs, retrace
+from pq_fx.plan import Plan
+
+log = logging.getLogger("pq_fx")
+
+
+@dataclass
+class Statistics:
+    """What calibration gathered: the plan of the model's regions and the moments of each point, by parameter name."""
+
+    plan: Plan = field(default_factory=Plan)
+    moments: dict[str, observe.Moments] = field(default_factory=dict)
+    calls: int = 0
+    graphs: int = 0
+
+
+class Observer:
+    """A Dynamo backend that watches a float model. `rows` and `seed` configure the reservoirs of rows."""
+
+    def __init__(self, model: nn.Module, statistics: Statistics, rows: int, seed: int) -> None:
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self._alive = [t for _, t in tensors]  # so that no id is reused
+        self.names: dict[int, str] = {}
+        for name, tensor in tensors:
+            self.names.setdefault(id(tensor), name)
+        self.statistics = statistics
+        self.rows = rows
+        self.seed = seed
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> ObservedGraph:
+        """Compile one graph for observation."""
+        traced = retrace(gm)
+        params = {n: t for n, t in parameter_inputs(traced).items() if id(t) in self.names}
+        found = find_regions(traced, params)
+        self.statistics.graphs += 1
+        log.info("graph %d: %d linears, %d regions", self.statistics.graphs, len(found.linears), len(found.regions))
+        index = {n.name: i for i, n in enumerate(traced.graph.find_nodes(op="placeholder"))}
+        seeds = {p.name: self.seed for r in found.regions for p in r.points}
+        order = observe.insert_observers(traced, found.sources, seeds)
+        verify.verify_graph(traced)
+        return ObservedGraph(self, traced, found, {n: index[n] for n in params}, order)
+
+
+class ObservedGraph:
+    """Runs an observed graph with the moments that belong to the parameters of this very call."""
+
+    def __init__(
+        self, observer: Observer, gm: fx.GraphModule, found: RegionMap, params: dict[str, int], order: list[str]
+    ) -> None:
+        self.observer = observer
+        self.gm = gm
+        self.found = found
+        self.params = params
+        self.order = order
+        self.bound: dict[tuple[int, ...], list[torch.Tensor]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        key = tuple(id(args[i]) for i in self.params.values())
+        tensors = self.bound.get(key)
+        if tensors is None:
+            tensors = self.bound[key] = self._bind(args)
+        return self.gm(*args, *tensors)
+
+    def _bind(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        observer, moments = self.observer, self.observer.statistics.moments
+        names = {}
+        for placeholder, i in self.params.items():
+            name = observer.names.get(id(args[i]))
+            if name is None:
+                raise CalibrationError(
+                    f"parameter {placeholder} ({tuple(args[i].shape)}) of the running graph does not belong to the "
+                    "model that is being calibrated; do not replace parameters while calibrating"
+                )
+            names[placeholder] = name
+        points = observer.statistics.plan.add(self.found, names, frozenset(names.values()))
+        tensors: list[torch.Tensor] = []
+        for point in self.order:
+            name = points[point]
+            device = args[self.params[point]].device
+            if name not in moments:
+                channels = self.found.linears[point].in_features
+                moments[name] = observe.Moments.create(channels, rows=observer.rows, device=device)
+            tensors += moments[name].tensors()
+        return tensors

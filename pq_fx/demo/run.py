@@ -1,0 +1,289 @@
+"""``pq-fx demo``: the embedded model drawn at full precision, at 4 bits and at 3 bits.
+
+One calibration serves all runs, every run draws from the same noise, and only the weights and
+activations differ, so a picture's distance to the float model's picture is quantization alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+
+from pq_fx.calibrate import Statistics
+from pq_fx.config import QuantConfig
+from pq_fx.demo.model import load_model, velocity
+from pq_fx.demo.plots import grid, layer_errors
+from pq_fx.demo.prompts import load_prompts
+from pq_fx.demo.sampling import DEFAULT_STEPS, noise, psnr, sample
+from pq_fx.errors import ConfigError
+from pq_fx.quantizer import prepare
+from pq_fx.report import Report
+
+FORMATS = ("int4", "int3")
+GROUP_SIZE = 64
+METHODS = {"rtn": "RTN", "permuquant": "PermuQuant", "permuquant-h": "PermuQuant-H"}
+CALIBRATION_IMAGES = 32
+CALIBRATION_STEPS = 8
+# Times at which velocities are compared: from nearly noise to nearly a picture.
+VELOCITY_TIMES = (0.95, 0.8, 0.6, 0.4, 0.2, 0.05)
+# Noise of the velocity comparison and of calibration must not be what the pictures start from.
+_OTHER_NOISE = 7_919
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the demo's table, and of `runs` in report.json.
+
+    Attributes:
+        format, group_size, method: how the model was quantized, weights and activations.
+        psnr_db: mean over the pictures of their PSNR against the float model's, from equal noise.
+        velocity_rel_mse: ``|v_q - v|^2 / |v|^2`` of single predictions at equal inputs.
+        mean_layer_error: mean over linears of the relative squared error of their outputs.
+        regions, accepted_regions: regions found, and those reordered or rotated.
+        weight_bytes, float_weight_bytes: size of the model's tensors, quantized and before.
+        seconds: choosing, packing and drawing, without calibration.
+    """
+
+    format: str
+    group_size: int
+    method: str
+    psnr_db: float
+    velocity_rel_mse: float
+    mean_layer_error: float
+    regions: int
+    accepted_regions: int
+    weight_bytes: int
+    float_weight_bytes: int
+    seconds: float
+
+
+def run_demo(
+    out: str | os.PathLike[str],
+    *,
+    images: int = 16,
+    steps: int = DEFAULT_STEPS,
+    seed: int = 0,
+    device: str = "cpu",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write grid.png, layers.png and report.json into `out`, print the table, return the report.
+
+    Args:
+        out: folder to write into; made if it is missing.
+        images: pictures a run, one for each of the first demo prompts.
+        steps: Euler steps a picture.
+        seed: of the noise and of the calibration's choice of rows.
+        device: "cpu" or a GPU that the kernels support.
+        console: where to print; the terminal by default.
+    """
+    console = console or Console()
+    folder = Path(out)
+    prompts = load_prompts("demo")
+    if not 1 <= images <= len(prompts.names):
+        raise ConfigError(f"images is {images}; expected 1 to {len(prompts.names)} (demo prompts)")
+    if steps < 1:
+        raise ConfigError(f"steps is {steps}; expected at least 1")
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = prompts.take(images)
+    model = load_model("flux").to(device)
+    batches = math.ceil(images / 16)
+    work = steps * batches
+    total = work + CALIBRATION_STEPS * math.ceil(CALIBRATION_IMAGES / 16)
+    total += len(FORMATS) * len(METHODS) * (work + len(VELOCITY_TIMES))
+
+    with _progress(console) as bar:
+        task = bar.add_task("", total=total)
+
+        def draw(any_model: nn.Module, what: str) -> torch.Tensor:
+            bar.update(task, description=what)
+            tick = _ticker(bar, task)
+            return sample(any_model, prompts.embeddings, steps, seed, progress=tick)
+
+        pictures = draw(model, "drawing at full precision")
+        bar.update(task, description="calibrating")
+        statistics = _calibrate(model, seed, _ticker(bar, task))
+        points = _velocity_points(pictures, seed, device)
+        text = prompts.embeddings.to(device)
+        wanted = [_velocity(model, x, t, text) for x, t in points]
+        rows = [("full precision\n(float32)", pictures)]
+        runs: list[Run] = []
+        reports: dict[tuple[str, str], Report] = {}
+        for name in FORMATS:
+            for method, label in METHODS.items():
+                start = time.perf_counter()
+                what = f"{name} g{GROUP_SIZE} {label}"
+                bar.update(task, description=f"{what}: choosing and packing")
+                config = QuantConfig(name, GROUP_SIZE, method=method, seed=seed)
+                quantized = copy.deepcopy(model)
+                report = prepare(quantized, config, statistics=statistics).convert()
+                drawn = draw(quantized, f"{what}: drawing")
+                seconds = time.perf_counter() - start
+                errors = []
+                for (x, t), v in zip(points, wanted, strict=True):
+                    got = _velocity(quantized, x, t, text)
+                    errors.append(float((got - v).square().sum() / v.square().sum()))
+                    bar.advance(task)
+                run = Run(
+                    name,
+                    GROUP_SIZE,
+                    method,
+                    float(psnr(drawn, pictures).mean()),
+                    sum(errors) / len(errors),
+                    report.mean_layer_error,
+                    report.regions,
+                    report.accepted_regions,
+                    report.weight_bytes,
+                    report.float_weight_bytes,
+                    seconds,
+                )
+                runs.append(run)
+                reports[name, method] = report
+                rows.append((f"{what}\n{run.psnr_db:.1f} dB", drawn))
+                if not console.is_terminal:  # no bar moves in a log file
+                    console.print(f"{what}: {run.psnr_db:.2f} dB, {seconds:.0f} s")
+        bar.update(task, description="drawing the plots")
+        _plot(folder, rows, prompts.names, reports)
+
+    result = {
+        "device": _device_name(device),
+        "torch": torch.__version__,
+        "runs": [asdict(run) for run in runs],
+        "images": images,
+        "steps": steps,
+        "seed": seed,
+    }
+    text_report = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    (folder / "report.json").write_text(text_report, encoding="utf-8")
+    console.print(_table(runs, images))
+    console.print(_explanation(runs))
+    for file, what in (
+        ("grid.png", "the pictures"),
+        ("layers.png", "each layer's error"),
+        ("report.json", "the table's numbers"),
+    ):
+        console.print(f"{what}: {folder / file}", highlight=False)
+    return result
+
+
+def _calibrate(model: nn.Module, seed: int, tick: Callable[[int, int], None]) -> Statistics:
+    """Run the float model on the calibration prompts, which share none with the demo's."""
+    prompts = load_prompts("calibration").take(CALIBRATION_IMAGES)
+    quantizer = prepare(model, QuantConfig(FORMATS[0], GROUP_SIZE, seed=seed))
+    with quantizer.calibrate():
+        sample(model, prompts.embeddings, CALIBRATION_STEPS, seed + _OTHER_NOISE, progress=tick)
+    return quantizer.statistics()
+
+
+def _velocity_points(
+    pictures: torch.Tensor, seed: int, device: str
+) -> list[tuple[torch.Tensor, float]]:
+    """Inputs ``x_t = (1 - t) x0 + t noise`` around the float model's own pictures x0 (in -1..1)."""
+    x0 = pictures * 2 - 1
+    other = noise(len(x0), seed + _OTHER_NOISE)
+    return [(((1 - t) * x0 + t * other).to(device), t) for t in VELOCITY_TIMES]
+
+
+@torch.no_grad()
+def _velocity(model: nn.Module, x: torch.Tensor, t: float, text: torch.Tensor) -> torch.Tensor:
+    return velocity(model, x, t, text).double()
+
+
+def _plot(
+    folder: Path,
+    rows: Sequence[tuple[str, torch.Tensor]],
+    names: Sequence[str],
+    reports: dict[tuple[str, str], Report],
+) -> None:
+    grid(folder / "grid.png", rows, names, title="one noise, one model: weights and activations")
+    name = FORMATS[0]
+    before = {layer.fqn: layer.error_after for layer in reports[name, "rtn"].layers}
+    after = {layer.fqn: layer.error_after for layer in reports[name, "permuquant-h"].layers}
+    measured = [
+        (fqn, b, a) for fqn, b in before.items() if b is not None and (a := after.get(fqn)) is not None
+    ]
+    layer_errors(
+        folder / "layers.png",
+        [fqn for fqn, _, _ in measured],
+        [b for _, b, _ in measured],
+        [a for _, _, a in measured],
+        before_label=METHODS["rtn"],
+        after_label=METHODS["permuquant-h"],
+        title=f"{name} g{GROUP_SIZE}, weights and activations",
+    )
+
+
+def _table(runs: Sequence[Run], images: int) -> Table:
+    table = Table(
+        title=f"against the float model, {images} pictures from equal noise",
+        title_justify="left",
+        header_style="bold",
+    )
+    table.add_column("format")
+    table.add_column("method")
+    for name in ("PSNR", "velocity error", "layer error", "regions", "weights", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        base = next(r for r in runs if r.format == run.format)
+        change = run.mean_layer_error / base.mean_layer_error - 1 if base.mean_layer_error else 0.0
+        table.add_row(
+            f"{run.format} g{run.group_size}",
+            METHODS[run.method],
+            f"{run.psnr_db:.2f} dB",
+            f"{run.velocity_rel_mse:.4f}",
+            f"{run.mean_layer_error:.4f}" + (f" ({100 * change:+.0f} %)" if run != base else ""),
+            f"{run.accepted_regions} of {run.regions}",
+            f"{run.weight_bytes / 1e6:.1f} of {run.float_weight_bytes / 1e6:.1f} MB",
+            f"{run.seconds:.0f} s",
+            end_section=run.method == list(METHODS)[-1],
+        )
+    return table
+
+
+def _explanation(runs: Sequence[Run]) -> str:
+    """What the table shows, said only where it does."""
+    lines = []
+    for name in FORMATS:
+        rtn, sorted_, rotated = (r.psnr_db for r in runs if r.format == name)
+        lines.append(
+            f"{name}: sorting channels changes PSNR by {sorted_ - rtn:+.2f} dB, "
+            f"rotating inside the sorted groups by another {rotated - sorted_:+.2f} dB."
+        )
+    lines.append(
+        "A group of channels shares one scale, which its largest channel sets; sorting puts channels "
+        "of like size into one group. No run changes what the model computes before rounding."
+    )
+    return "\n".join(lines)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<38}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _ticker(bar: Progress, task: Any) -> Callable[[int, int], None]:
+    return lambda done, total: bar.advance(task)
+
+
+def _device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.device(device).type

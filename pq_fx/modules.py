@@ -1,0 +1,163 @@
+"""What a quantized model is made of: packed linears and the quantizers of their inputs, as ordinary modules.
+
+Packed weights, scales and permutations are buffers, so Dynamo lifts them as graph inputs: one compiled graph serves all
+blocks of a class, and `state_dict`, `.to()`, offload hooks and deep copies work without special cases. The modules only
+store; which operations are fused is decided by the graph passes (passes/lower.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pq_fx.errors import PQError
+from pq_fx.kernels import devices, ops  # noqa: F401  (importing ops registers torch.ops.pq)
+from pq_fx.kernels.formats import Format
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantizes one tensor for all linears that read it; those share this module, as one object.
+
+    `perm` (int32 [channels]) reorders the channels and `rotation` applies the block Hadamard transform of that size
+    afterwards (0: none); `global_scale` (float32 []) is nvfp4's scale of the whole tensor, fixed by calibration.
+    """
+
+    perm: Tensor | None
+    global_scale: Tensor | None
+
+    def __init__(
+        self,
+        channels: int,
+        format: str,
+        rotation: int = 0,
+        perm: Tensor | None = None,
+        global_scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.format = Format.parse(format).key
+        self.rotation = rotation
+        self.register_buffer("perm", perm)
+        self.register_buffer("global_scale", global_scale)
+
+    @classmethod
+    def empty(
+        cls,
+        channels: int,
+        format: str,
+        rotation: int,
+        has_perm: bool,
+        has_global_scale: bool,
+        device: torch.device | str | None = None,
+    ) -> ActivationQuantizer:
+        """An uninitialized quantizer for a checkpoint to fill."""
+        perm = torch.empty(channels, dtype=torch.int32, device=device) if has_perm else None
+        scale = torch.empty((), dtype=torch.float32, device=device) if has_global_scale else None
+        return cls(channels, format, rotation, perm, scale)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize x [..., channels]; returns (data, scale) in the carrier of x's device (kernels/ops.py)."""
+        carrier = devices.carrier(x.device)
+        data, scale = torch.ops.pq.quantize(x, self.perm, self.global_scale, self.format, self.rotation, carrier)
+        return data, scale
+
+    def extra_repr(self) -> str:
+        """Shown when the model is printed."""
+        order = "reordered" if self.perm is not None else "in order"
+        return f"{self.channels}, {self.format}, {order}, rotation={self.rotation}"
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T + b with packed weights; 4-bit activations where it has an input quantizer, else weights only.
+
+    Buffers: `weight` uint8 [out_features, bytes], `weight_scale` [out_features, groups] in the format's scale dtype,
+    `weight_global_scale` float32 [] or None, `bias` [out_features] or None. Inference only.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_global_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        weight_format: str,
+        weight: Tensor,
+        weight_scale: Tensor,
+        weight_global_scale: Tensor | None,
+        bias: Tensor | None,
+        input_quantizer: ActivationQuantizer | None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight_format = Format.parse(weight_format).key
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("weight_global_scale", weight_global_scale)
+        self.register_buffer("bias", bias)
+        self.input_quantizer = input_quantizer
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        weight_format: str,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> QuantLinear:
+        """An uninitialized linear for a checkpoint to fill; its input quantizer is set by the caller."""
+        fmt = Format.parse(weight_format)
+        return cls(
+            in_features,
+            out_features,
+            fmt.key,
+            torch.empty(out_features, fmt.packed_bytes(in_features), dtype=torch.uint8, device=device),
+            torch.empty(out_features, fmt.groups(in_features), dtype=fmt.scale_dtype, device=device),
+            torch.empty((), dtype=torch.float32, device=device) if fmt.two_level else None,
+            torch.empty(out_features, dtype=dtype, device=device) if bias else None,
+            None,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in x's dtype."""
+        quantizer = self.input_quantizer
+        if quantizer is None:
+            return torch.ops.pq.linear_weight_only(
+                x, self.weight, self.weight_scale, self.weight_global_scale, self.weight_format, self.bias
+            )
+        data, scale = quantizer(x)
+        return torch.ops.pq.linear(
+            data,
+            scale,
+            quantizer.global_scale,
+            quantizer.format,
+            self.weight,
+            self.weight_scale,
+            self.weight_global_scale,
+            self.weight_format,
+            self.bias,
+            x.dtype,
+        )
+
+    def train(self, mode: bool = True) -> QuantLinear:
+        """Quantized linears have no gradient; asking for training is an error, not a silent no-op."""
+        if mode:
+            raise PQError(
+                "a quantized model is for inference only: its packed weights have no gradient. Fine-tune the float "
+                "model, or fuse a LoRA into it, and quantize again"
+            )
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """Shown when the model is printed."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.weight_format}"
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized linears of a model by name, in order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}

@@ -1,0 +1,121 @@
+"""Random permutations through every region, without quantizing, give the float model: the symmetry is real."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pq_fx.errors import GraphError
+from pq_fx.passes.fold import fold_tensors
+from pq_fx.passes.regions import Region, RegionMap, find_regions
+from pq_fx.passes.retrace import parameter_inputs, retrace
+from pq_fx.passes.verify import verify_folds
+
+Flux = Callable[..., tuple[nn.Module, dict]]
+
+
+def regions_of(model: nn.Module, inputs: dict) -> tuple[torch.fx.GraphModule, dict, RegionMap, dict[str, str]]:
+    seen: list = []
+
+    def backend(gm: torch.fx.GraphModule, _: object) -> Callable:
+        traced = retrace(gm)
+        params = parameter_inputs(traced)
+        seen.append((traced, params, find_regions(traced, params)))
+        return traced.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
+    (gm, params, found) = seen[0]
+    names = {id(p): n for n, p in model.named_parameters()}
+    return gm, params, found, {k: names[id(v)] for k, v in params.items() if id(v) in names}
+
+
+def random_perm(region: Region, rng: np.random.Generator) -> np.ndarray:
+    perm = np.arange(region.blocks.size)
+    for block in np.unique(region.blocks[region.blocks >= 0]):
+        where = np.flatnonzero(region.blocks == block)
+        perm[where] = rng.permutation(where)
+    return perm
+
+
+def apply(model: nn.Module, region: Region, perm: np.ndarray, names: dict[str, str]) -> None:
+    params = dict(model.named_parameters())
+    tensors = {a.param: params[names[a.param]] for a in region.axes}
+    for (param, axis), index in fold_tensors(region, perm, tensors).items():
+        tensors[param].data = tensors[param].data.index_select(axis, index)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_flux_random_folds_change_nothing(tiny_flux: Flux, dtype: torch.dtype, bound: float) -> None:
+    model, inputs = tiny_flux(dtype)
+    gm, params, found, names = regions_of(model, inputs)
+    foldable = [r for r in found.regions if r.foldable]
+    # 3 embedders; AdaLN's shared input; 2 joint attentions; 4 MLPs of the double blocks; 2 single blocks
+    assert len(foldable) == 3 + 1 + 2 + 4 + 2
+    rng = np.random.default_rng(1)
+    perms = {r.name: random_perm(r, rng) for r in foldable}
+    moved = [r for r in foldable if (perms[r.name] != np.arange(r.blocks.size)).mean() > 0.8]
+    assert len(moved) == len(foldable)
+    verify_folds(gm, params, found.regions, perms)
+    folded = copy.deepcopy(model)
+    for region in foldable:
+        apply(folded, region, perms[region.name], names)
+    with torch.no_grad():
+        want, got = model(**inputs).sample, folded(**inputs).sample
+    assert ((got - want).norm() / want.norm()).item() < bound
+    assert not torch.equal(folded.transformer_blocks[0].attn.to_v.weight, model.transformer_blocks[0].attn.to_v.weight)
+
+
+def test_flux_streams_of_joint_attention_share_one_permutation(tiny_flux: Flux) -> None:
+    model, inputs = tiny_flux(torch.float64)
+    _, _, found, names = regions_of(model, inputs)
+    region = next(r for r in found.regions if names[r.name] == "transformer_blocks.0.attn.to_out.0.weight")
+    held = {(names[a.param], a.axis) for a in region.axes}
+    block = "transformer_blocks.0.attn."
+    assert {(f"{block}to_v.weight", 0), (f"{block}add_v_proj.weight", 0), (f"{block}to_out.0.weight", 1)} <= held
+    assert {(f"{block}to_add_out.weight", 1), (f"{block}to_v.bias", 0), (f"{block}add_v_proj.bias", 0)} <= held
+    assert [names[p.name] for p in region.points] == [f"{block}to_out.0.weight", f"{block}to_add_out.weight"]
+    # exchangeable within a head only: 3 heads of 16 channels
+    assert np.array_equal(region.blocks, np.repeat(np.unique(region.blocks), 16))
+
+    # Negative control: the image stream's V alone, permuted with its own consumer, is another network...
+    perm = random_perm(region, np.random.default_rng(2))
+    wrong = copy.deepcopy(model)
+    params = dict(wrong.named_parameters())
+    image = [a for a in region.axes if "add" not in names[a.param]]
+    for axis in image:
+        p = params[names[axis.param]]
+        index = torch.from_numpy(perm)
+        p.data = p.data.index_select(axis.axis, index)
+    with torch.no_grad():
+        want, got = model(**inputs).sample, wrong(**inputs).sample
+    assert ((got - want).norm() / want.norm()).item() > 1e-3
+
+
+def test_verify_catches_independent_streams(tiny_flux: Flux) -> None:
+    model, inputs = tiny_flux(torch.float32)
+    gm, params, found, names = regions_of(model, inputs)
+    region = next(r for r in found.regions if names[r.name] == "transformer_blocks.1.attn.to_out.0.weight")
+    perm = random_perm(region, np.random.default_rng(3))
+    image_only = tuple(a for a in region.axes if "add" not in names[a.param])
+    broken = Region(region.name, region.points, region.blocks, region.columns, image_only)
+    verify_folds(gm, params, [region], {region.name: perm})
+    with pytest.raises(GraphError, match="not closed at"):
+        verify_folds(gm, params, [broken], {region.name: perm})
+
+
+def test_permutation_out_of_a_head_is_refused(tiny_flux: Flux) -> None:
+    model, inputs = tiny_flux(torch.float32)
+    _, params, found, names = regions_of(model, inputs)
+    region = next(r for r in found.regions if names[r.name] == "transformer_blocks.0.attn.to_out.0.weight")
+    perm = np.roll(np.arange(region.blocks.size), 1)
+    with pytest.raises(GraphError, match="out of its block"):
+        fold_tensors(region, perm, params)
+    with pytest.raises(GraphError, match="expected a permutation"):
+        fold_tensors(region, np.zeros_like(perm), params)
