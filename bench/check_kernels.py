@@ -319,10 +319,12 @@ def main() -> None:
         "triton": triton.__version__,
         "seed": args.seed,
         "seconds": round(time.perf_counter() - begin, 1),
-        "checks": checks,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    # One line a check.
+    lines = ",\n  ".join(json.dumps(check) for check in checks)
+    head = json.dumps(result, indent=1).removesuffix("\n}")
+    args.out.write_text(f'{head},\n "checks": [\n  {lines}\n ]\n}}\n')
     print(f"{len(checks)} checks passed on {result['device']}, torch {result['torch']}")
 
 
