@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -34,8 +35,8 @@ class LayerReport:
         format: key of its weight format, e.g. "int4:64:bf16"; None when it was left in float.
         activation_format: key of its input's format; None when its input stays in 16 bits.
         region: name of the region whose permutation it shares; None when it has none.
-        absorb: where the permutation of its input goes: "fold", "norm" or "quantize"; None without
-            one.
+        absorb: where the permutation of its input goes: "fold", "norm" or "quantize"; "none" or
+            None without one.
         alpha: exponent of the chosen sort; None when the order was kept.
         rotation: size of the Hadamard blocks of its input; 0 without.
         error_before: relative squared output error ``|X W^T - Q(X) Q(W)^T|^2 / |X W^T|^2`` on
@@ -199,20 +200,20 @@ class Report:
         return Group(*parts, Text(self.summary))
 
     def __str__(self) -> str:
-        console = Console(width=140, color_system=None, force_terminal=False)
+        console = Console(width=170, color_system=None, force_terminal=False)
         with console.capture() as captured:
             console.print(self)
         return captured.get()
 
 
 def _layer_table(layers: Sequence[LayerReport]) -> Table:
-    table = Table(title="Quantized linears", title_justify="left", header_style="bold")
+    table = Table(title="Quantized linears", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("layer", overflow="fold")
-    table.add_column("in x out", justify="right", no_wrap=True)
-    for name in ("weight", "input", "region", "absorbed"):
-        table.add_column(name, overflow="fold")
-    for name in ("alpha", "rot.", "error before", "after", "change"):
+    for name in ("in x out", "weight", "input", "region", "absorbed", "alpha", "rot."):
+        table.add_column(name, no_wrap=True, justify="right" if name == "in x out" else "left")
+    for name in ("error before", "after", "change"):
         table.add_column(name, justify="right", no_wrap=True)
+    regions = list(dict.fromkeys(layer.region for layer in layers if layer.region is not None))
     for layer in layers:
         before, after = layer.error_before, layer.error_after
         table.add_row(
@@ -220,8 +221,8 @@ def _layer_table(layers: Sequence[LayerReport]) -> Table:
             f"{layer.in_features} x {layer.out_features}",
             layer.format or "",
             layer.activation_format or "16 bit",
-            layer.region or "",
-            layer.absorb or "",
+            "" if layer.region is None else str(regions.index(layer.region) + 1),
+            "" if layer.absorb in (None, "none") else layer.absorb,
             "" if layer.alpha is None else f"{layer.alpha:g}",
             str(layer.rotation) if layer.rotation else "",
             _error(before),
@@ -232,7 +233,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> Table:
 
 
 def _skip_table(layers: Sequence[LayerReport]) -> Table:
-    table = Table(title="Left in float", title_justify="left", header_style="bold")
+    table = Table(title="Left in float", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("layer", overflow="fold")
     table.add_column("in x out", justify="right", no_wrap=True)
     table.add_column("reason", overflow="fold")
