@@ -3,7 +3,8 @@
 Importing this module registers them. On a CPU an op runs the plain-PyTorch reference; on CUDA the
 Triton launcher of the same name, imported when the first CUDA tensor arrives. Compiled for a CPU,
 Inductor replaces the ops by `decompositions`. The ops are functional and for inference: a backward
-pass through one raises PQError (torch-library sections "register_fake", "register_autograd").
+pass through one raises PQError. (mxfp4 activations as "codes" are two uint8 tensors, which autograd
+cannot follow: their input gets no gradient at all, without an error.)
 """
 
 from __future__ import annotations

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+import pq_fx.kernels.ops as pq_ops
 from pq_fx.errors import UnsupportedDeviceError
 from pq_fx.kernels.devices import TABLE, execution
 from pq_fx.kernels.formats import get_format
@@ -63,3 +67,20 @@ def test_fp8_tensor_cores_refuse_int8(weight, activation) -> None:
         execution(torch.device("cuda"), weight, activation, capability=(9, 0))
     assert execution(torch.device("cuda"), weight, activation, capability=(8, 0)).carrier == "codes"
     assert execution(torch.device("cuda"), INT4, FP8, capability=(9, 0)).carrier == "e4m3"
+
+
+def test_missing_triton_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("triton", *pq_ops._TRITON.values()):
+        monkeypatch.setitem(sys.modules, name, None if name == "triton" else sys.modules.get(name))
+    monkeypatch.setattr(pq_ops, "_TRITON", dict.fromkeys(pq_ops._TRITON, "triton"))
+    launch = pq_ops._triton_launcher("quantize")
+    with pytest.raises(UnsupportedDeviceError, match=r"pq::quantize on cpu needs Triton.*CPU"):
+        launch(torch.zeros(1, 64))
+
+
+def test_the_package_needs_no_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, pq_fx.kernels.ops;"
+        "torch.ops.pq.quantize(torch.ones(1, 64), None, None, 'int4:64:bf16', 64, 'codes')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
