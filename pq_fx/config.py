@@ -25,6 +25,8 @@ class Method(NamedTuple):
 
     sort: bool  # reorder by the joint second moment (PermuQuant, section 4.1)
     rotate: bool  # then a block-Hadamard rotation inside each group (the paper's "-H")
+    compensate: bool = False  # weights rounded so that errors cancel on the sampled rows (GPTQ)
+    search: bool = False  # weight scales searched
 
 
 METHODS: dict[str, Method] = {
@@ -32,6 +34,7 @@ METHODS: dict[str, Method] = {
     "convrot": Method(sort=False, rotate=True),
     "permuquant": Method(sort=True, rotate=False),
     "permuquant-h": Method(sort=True, rotate=True),
+    "best": Method(sort=True, rotate=True, compensate=True, search=True),
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -65,7 +68,8 @@ class QuantConfig:
         activation_group_size: None = the weights' for "same", else that format's default.
         scale: "bf16" or "pow2" scales of int4 and int3; None = the format's default.
         method: "rtn" (round to nearest), "convrot" (rotation only), "permuquant" (sort),
-            "permuquant-h" (sort, then rotation).
+            "permuquant-h" (sort, then rotation), "best" (permuquant-h, and weights rounded with
+            error compensation and searched scales: dearer to convert, nothing at run time).
         weight_only_format: of linears that see one row a sample (timestep, modulation, pooled
             text): they are limited by reading weights, so their input stays in 16 bits.
         rules: settings of single layers: ``{"exact.name" | "re:regex" | "_default": value}``, value

@@ -15,22 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from pq_fx.calibrate import Statistics
-from pq_fx.config import QuantConfig
+from pq_fx.config import METHODS, QuantConfig
 from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.pack import pack
-from pq_fx.kernels.reference import nvfp4_global_scale, permute_rotate, quantize
+from pq_fx.kernels.reference import (
+    NVFP4_CLIP_RATIOS,
+    WEIGHT_CLIP_RATIOS,
+    Quantized,
+    dequantize,
+    fake_quantize,
+    nvfp4_global_scale,
+    permute_rotate,
+    quantize,
+)
 from pq_fx.modules import ActivationQuantizer, QuantLinear
 from pq_fx.passes.choose import PointChoice, RegionChoice, Settings, choose
+from pq_fx.passes.evaluate import GLOBAL_SCALE_ROOM, exact_matmul
 from pq_fx.passes.fold import axis_index, fold_tensors
 from pq_fx.passes.regions import Point, Region
+from pq_fx.passes.rounding import SecondMoment, gptq, second_moment
 from pq_fx.plan import LinearFact, Plan
 from pq_fx.report import LayerReport, Report
-
-# The largest activation seen in calibration may be exceeded later. nvfp4's tensor scale leaves this much room; its
-# group scales are floating-point numbers, so the room costs no precision.
-GLOBAL_SCALE_ROOM = 2.0
-
 
 @dataclass
 class _Layer:
@@ -248,11 +254,16 @@ def _pack_region(
             order = axis_index(view.columns[point.name], choice.fold)
             sample = sample[:, torch.from_numpy(order).to(sample.device)]
         quantizer = _input_quantizer(point, own, first.activation_format, sample)
+        rows = _Rows(sample, own, quantizer)
         for name in point.linears:
             layer = layers[name]
             fqn = layer.fact.fqn
-            draft.modules[fqn] = _quantized(layer, name, own, quantizer, params, index)
+            weight = _reordered(params[name].detach(), name, index).float()
+            packed = _quantized_weight(layer, rows.apply(weight), rows)
+            draft.modules[fqn] = _module(layer, name, packed, quantizer, params, index)
             error = choice.errors[name]
+            if METHODS[layer.config.method].compensate:
+                error = replace(error, after=rows.error(weight, packed, layer.weight_format))
             draft.rows[fqn] = LayerReport(
                 fqn,
                 layer.fact.in_features,
@@ -282,20 +293,57 @@ def _input_quantizer(
     return ActivationQuantizer(point.channels, fmt.key, own.rotation, perm, scale)
 
 
-def _quantized(
+class _Rows:
+    """A point's sampled rows as its linears will see them: half to round weights by, half to measure with."""
+
+    def __init__(self, sample: Tensor, own: PointChoice, quantizer: ActivationQuantizer | None) -> None:
+        self.perm = None if own.perm is None else torch.from_numpy(own.perm).to(sample.device)
+        self.rotation = own.rotation
+        self.plain = sample.float()
+        self.seen = permute_rotate(self.plain, self.perm, self.rotation)
+        if quantizer is not None:
+            fmt = Format.parse(quantizer.format)
+            self.seen = fake_quantize(self.seen, fmt, global_scale=quantizer.global_scale)
+        self._moments: dict[int, SecondMoment] = {}
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """The weight [N, K] in the order and rotation of the rows."""
+        return permute_rotate(weight, None if self.perm is None else self.perm.to(weight.device), self.rotation)
+
+    def moment(self, group: int) -> SecondMoment:
+        """What rounding needs to know; made once for all linears of the point."""
+        if group not in self._moments:
+            self._moments[group] = second_moment(self.seen[0::2], group=group)
+        return self._moments[group]
+
+    def error(self, weight: Tensor, packed: Quantized, fmt: Format) -> float:
+        """Relative squared output error of the packed weight on the other half of the rows."""
+        with exact_matmul():
+            wanted = self.plain[1::2] @ weight.T
+            got = self.seen[1::2] @ dequantize(packed, fmt).T
+        whole = wanted.square().sum()
+        return float((got - wanted).square().sum() / whole) if whole > 0 else 0.0
+
+
+def _quantized_weight(layer: _Layer, weight: Tensor, rows: _Rows) -> Quantized:
+    fmt, method = layer.weight_format, METHODS[layer.config.method]
+    global_scale = nvfp4_global_scale(weight.abs().amax()) if fmt.two_level else None
+    ratios = () if not method.search else NVFP4_CLIP_RATIOS if fmt.two_level else WEIGHT_CLIP_RATIOS
+    if method.compensate:
+        moment = rows.moment(fmt.group_size)
+        return gptq(weight, moment, fmt, global_scale=global_scale, scale_search=ratios)
+    return quantize(weight, fmt, global_scale=global_scale, scale_search=ratios)
+
+
+def _module(
     layer: _Layer,
     name: str,
-    own: PointChoice,
+    q: Quantized,
     quantizer: ActivationQuantizer | None,
     params: dict[str, Tensor],
     index: dict[tuple[str, int], Tensor],
 ) -> QuantLinear:
     fmt = layer.weight_format
-    weight = _reordered(params[name].detach(), name, index).float()
-    perm = None if own.perm is None else torch.from_numpy(own.perm).to(weight.device)
-    weight = permute_rotate(weight, perm, own.rotation)
-    global_scale = nvfp4_global_scale(weight.abs().amax()) if fmt.two_level else None
-    q = quantize(weight, fmt, global_scale=global_scale)
     bias_name = name.removesuffix(".weight") + ".bias"
     bias = None
     if layer.module.bias is not None:

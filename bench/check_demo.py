@@ -1,0 +1,105 @@
+"""The demo's quantized model on a GPU, through its Triton kernels, against the reference on the CPU.
+
+    python bench/check_demo.py --out bench/results/demo_h100.json
+
+Converts the embedded model from one calibration on both devices and compares packed weights byte for byte; then compares
+the velocity of the compiled GPU model with the plain-PyTorch reference in the same carrier on the CPU. Codes that sit on
+a rounding edge may differ after a float operation that is not bit-equal on both devices, so outputs have a bound, in
+units of the quantization error itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pq_fx
+from pq_fx import modules
+from pq_fx.demo import load_model, load_prompts, sample, velocity
+from pq_fx.demo.sampling import noise
+from pq_fx.modules import quantized_linears
+
+# |gpu - reference| / |reference - float|: flips and fp8 sums must stay well under what quantization costs.
+OUTPUT_BOUND = 0.35
+FORMATS = ("int4", "int3", "nvfp4", "mxfp4")
+
+
+@torch.no_grad()
+def check(fmt: str, float_model: torch.nn.Module, statistics: Any, device: str) -> dict[str, Any]:
+    """Convert for both devices, compare bytes and outputs."""
+    config = pq_fx.QuantConfig(fmt)
+    on_cpu = copy.deepcopy(float_model)
+    report = pq_fx.prepare(on_cpu, config, statistics=statistics).convert()
+    on_gpu = copy.deepcopy(on_cpu).to(device)
+    again = copy.deepcopy(float_model).to(device)
+    pq_fx.prepare(again, config, statistics=statistics).convert()
+    same, differ = 0, []
+    ours, theirs = quantized_linears(on_cpu), quantized_linears(again)
+    for fqn, linear in ours.items():
+        if torch.equal(linear.weight, theirs[fqn].weight.cpu()):
+            same += 1
+        else:
+            differ.append(fqn)
+    prompts = load_prompts("demo").take(4)
+    x, t = noise(4, 11), 0.6
+    wanted = velocity(float_model, x, t, prompts.embeddings).double()
+    carrier = modules.devices.carrier(torch.device(device))
+    original = modules.devices.carrier
+    modules.devices.carrier = lambda _: carrier  # the reference, in the GPU's carrier
+    try:
+        reference = velocity(on_cpu, x, t, prompts.embeddings).double()
+    finally:
+        modules.devices.carrier = original
+    start = time.perf_counter()
+    compiled = torch.compile(on_gpu, backend="permuquant", fullgraph=True)
+    got = velocity(compiled, x.to(device), t, prompts.embeddings.to(device)).double().cpu()
+    seconds = time.perf_counter() - start
+    eager = velocity(on_gpu, x.to(device), t, prompts.embeddings.to(device)).double().cpu()
+    if not torch.isfinite(got).all():
+        sys.exit(f"{fmt}: the GPU's output is not finite")
+    cost = (reference - wanted).norm()
+    return {
+        "format": fmt,
+        "carrier": carrier,
+        "linears_packed_alike": same,
+        "linears_packed_otherwise": differ,
+        "quantization_rel_mse": ((reference - wanted).square().sum() / wanted.square().sum()).item(),
+        "gpu_rel_mse": ((got - wanted).square().sum() / wanted.square().sum()).item(),
+        "compiled_vs_reference": ((got - reference).norm() / cost).item(),
+        "eager_vs_reference": ((eager - reference).norm() / cost).item(),
+        "bound": OUTPUT_BOUND,
+        "mean_layer_error": report.mean_layer_error,
+        "compile_seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    model = load_model("flux")
+    quantizer = pq_fx.prepare(model, "w4a4-int4")
+    with quantizer.calibrate():
+        sample(model, load_prompts("calibration").take(8).embeddings, 4, 1)
+    checks = []
+    for fmt in FORMATS:
+        checks.append(check(fmt, model, quantizer.statistics(), args.device))
+        print(json.dumps(checks[-1]))
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    result = {"device": name, "torch": torch.__version__, "checks": checks}
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    bad = [c["format"] for c in checks if c["compiled_vs_reference"] > OUTPUT_BOUND or c["linears_packed_otherwise"]]
+    if bad:
+        sys.exit(f"out of bounds: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main()
