@@ -40,6 +40,14 @@ def _paragraph(error: Exception) -> str:
     return textwrap.fill(" ".join(text.split()), width=100, break_long_words=False)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not those that say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pq-fx",
@@ -62,7 +70,7 @@ def _add(commands: argparse._SubParsersAction, name: str, what: str) -> argparse
         name,
         help=what[0].lower() + what[1:].split(". ")[0].rstrip("."),
         description=what,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return command

@@ -246,7 +246,7 @@ def _table(runs: Sequence[Run], images: int) -> Table:
     )
     table.add_column("format", no_wrap=True)
     table.add_column("method", no_wrap=True)
-    for name in ("PSNR", "velocity", "layer error", "regions", "size", "time"):
+    for name in ("PSNR", "velocity", "layer error", "regions", "size", "sec."):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         base = next(r for r in runs if r.format == run.format)
@@ -259,7 +259,7 @@ def _table(runs: Sequence[Run], images: int) -> Table:
             f"{run.mean_layer_error:.4f}" + (f" {100 * change:+.0f} %" if run != base else ""),
             f"{run.accepted_regions}/{run.regions}",
             f"{run.weight_bytes / 1e6:.1f} MB",
-            f"{run.seconds:.0f} s",
+            f"{run.seconds:.0f}",
             end_section=run.method == list(METHODS)[-1],
         )
     return table
@@ -272,10 +272,10 @@ def _explanation(runs: Sequence[Run]) -> str:
         gains = (f"{METHODS[r.method]} {r.psnr_db - rtn.psnr_db:+.2f} dB" for r in others)
         lines.append(f"  {name} g{GROUP_SIZE}: {', '.join(gains)}")
     lines += [
-        "The channels of a group share one scale, which the largest of them sets. Sorting puts",
-        "channels of like size into one group; a rotation inside the group then spreads what is",
+        "The channels of a group share one scale, which the largest of them sets. Sorting puts "
+        "channels of like size into one group; a rotation inside the group then spreads what is "
         "left. Neither changes what the model computes before rounding.",
-        "velocity: squared error of one prediction, relative. layer error: mean over the linears.",
+        "velocity: relative squared error of one prediction. layer error: mean over the linears.",
     ]
     return "\n".join(lines)
 
