@@ -2,9 +2,9 @@
 
     python bench/check_demo.py --out bench/results/demo_h100.json
 
-Converts the embedded model from one calibration on both devices and compares packed weights byte for byte; then compares
-the velocity of the compiled GPU model with the plain-PyTorch reference in the same carrier on the CPU. Codes that sit on
-a rounding edge may differ after a float operation that is not bit-equal on both devices, so outputs have a bound, in
+Converts the embedded model from one calibration on both devices and compares packed weights byte for byte; then
+compares the velocity of the compiled GPU model with the plain-PyTorch reference in the same carrier on the CPU. Codes
+that sit on a rounding edge may differ after a float operation that is not bit-equal on both devices, so outputs have a bound, in
 units of the quantization error itself.
 """
 
@@ -70,7 +70,9 @@ def check(fmt: str, float_model: torch.nn.Module, statistics: Any, device: str) 
         "carrier": carrier,
         "linears_packed_alike": same,
         "linears_packed_otherwise": differ,
-        "quantization_rel_mse": ((reference - wanted).square().sum() / wanted.square().sum()).item(),
+        "quantization_rel_mse": (
+            (reference - wanted).square().sum() / wanted.square().sum()
+        ).item(),
         "gpu_rel_mse": ((got - wanted).square().sum() / wanted.square().sum()).item(),
         "compiled_vs_reference": ((got - reference).norm() / cost).item(),
         "eager_vs_reference": ((eager - reference).norm() / cost).item(),
@@ -81,22 +83,29 @@ def check(fmt: str, float_model: torch.nn.Module, statistics: Any, device: str) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
     args = parser.parse_args()
     model = load_model("flux")
     quantizer = pq_fx.prepare(model, "w4a4-int4")
     with quantizer.calibrate():
         sample(model, load_prompts("calibration").take(8).embeddings, 4, 1)
     checks = []
-    for fmt in FORMATS:
+    for fmt in args.formats:
         checks.append(check(fmt, model, quantizer.statistics(), args.device))
         print(json.dumps(checks[-1]))
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     result = {"device": name, "torch": torch.__version__, "checks": checks}
     args.out.write_text(json.dumps(result, indent=2) + "\n")
-    bad = [c["format"] for c in checks if c["compiled_vs_reference"] > OUTPUT_BOUND or c["linears_packed_otherwise"]]
+    bad = [
+        c["format"]
+        for c in checks
+        if c["compiled_vs_reference"] > OUTPUT_BOUND or c["linears_packed_otherwise"]
+    ]
     if bad:
         sys.exit(f"out of bounds: {', '.join(bad)}")
 

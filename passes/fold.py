@@ -38,7 +38,9 @@ def axis_index(channels: np.ndarray, perm: np.ndarray) -> np.ndarray:
     occurrence[order] = np.arange(held.size) - np.repeat(first[counts > 0], counts[counts > 0])
     wanted = perm[own]
     if not np.array_equal(counts[wanted], counts[own]):
-        raise GraphError("a permutation exchanges channels that an axis holds unequally often; regions.py is wrong")
+        raise GraphError(
+            "a permutation exchanges channels that an axis holds unequally often; regions.py is wrong"
+        )
     index[held] = held[order][first[wanted] + occurrence]
     return index
 
@@ -52,9 +54,10 @@ def fold_tensors(
     `perm` is not a permutation, or moves a channel out of its block.
     """
     check_permutation(perm, region.blocks.size)
-    if not np.array_equal(region.blocks[perm], region.blocks) or (perm != np.arange(perm.size))[
-        region.blocks < 0
-    ].any():
+    if (
+        not np.array_equal(region.blocks[perm], region.blocks)
+        or (perm != np.arange(perm.size))[region.blocks < 0].any()
+    ):
         raise GraphError(f"region {region.name}: the permutation moves a channel out of its block")
     result: dict[tuple[str, int], torch.Tensor] = {}
     for axis in region.axes:
@@ -68,4 +71,6 @@ def fold_tensors(
 def check_permutation(perm: np.ndarray, size: int) -> None:
     """Raise GraphError unless `perm` holds each of 0..size-1 once."""
     if perm.shape != (size,) or not np.array_equal(np.sort(perm), np.arange(size)):
-        raise GraphError(f"expected a permutation of 0..{size - 1}, found {perm.shape} with repeats or gaps")
+        raise GraphError(
+            f"expected a permutation of 0..{size - 1}, found {perm.shape} with repeats or gaps"
+        )

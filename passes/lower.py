@@ -1,7 +1,7 @@
 """Lowering a converted model's graph: what a quantizer reads is fused into the kernel that quantizes it.
 
 Before                                              After
-    n = aten.layer_norm(x, [K])                         d, s = pq.norm_quantize(x, "layer", ..., scale, shift, perm, ...)
+    n = aten.layer_norm(x, [K])                         d, s = pq.norm_quantize(x, "layer", ..., perm, ...)
     h = aten.add(aten.mul(n, 1 + scale), shift)         q = pq.linear(d, s, ..., Wq)
     d1, s1 = pq.quantize(h, perm, ...)                  k = pq.linear(d, s, ..., Wk)
     q = pq.linear(d1, s1, ..., Wq)

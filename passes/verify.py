@@ -61,7 +61,9 @@ def _check_linear(
 class _Replay(Propagation):
     """Walks the graph again with the channels in their new places and looks for an equality that no longer holds."""
 
-    def __init__(self, params: Mapping[str, torch.Tensor], labels: Mapping[tuple[str, int], np.ndarray]) -> None:
+    def __init__(
+        self, params: Mapping[str, torch.Tensor], labels: Mapping[tuple[str, int], np.ndarray]
+    ) -> None:
         super().__init__(params)
         self.labels = labels
         self.count = sum(v.size for v in labels.values()) + 1
@@ -77,7 +79,9 @@ class _Replay(Propagation):
 
     def equal(self, a: np.ndarray, b: np.ndarray) -> None:
         a, b = np.broadcast_arrays(a, b)
-        apart = (a != b) & (a >= 0) & (b >= 0)  # negative: a constant's coordinate, which never moves
+        apart = (
+            (a != b) & (a >= 0) & (b >= 0)
+        )  # negative: a constant's coordinate, which never moves
         if apart.any():
             self.broken.append(f"{int(apart.sum())} of {a.size} channels do not meet")
 
@@ -100,7 +104,9 @@ def verify_folds(
         if perm is None:
             continue
         for axis in region.axes:
-            labels[axis.param, axis.axis] = labels[axis.param, axis.axis][axis_index(axis.channels, perm)]
+            labels[axis.param, axis.axis] = labels[axis.param, axis.axis][
+                axis_index(axis.channels, perm)
+            ]
     replay = _Replay(params, labels)
     from pq_fx.passes.rules import apply_rule
 
@@ -109,4 +115,6 @@ def verify_folds(
             before = len(replay.broken)
             replay.values[node] = apply_rule(replay, node)
             if len(replay.broken) > before:
-                raise GraphError(f"a folded permutation is not closed at {node.name}: {replay.broken[-1]}")
+                raise GraphError(
+                    f"a folded permutation is not closed at {node.name}: {replay.broken[-1]}"
+                )

@@ -70,7 +70,10 @@ def compile_quantized(
     patches = dict(_torch.list_mode_options(mode)) if mode and mode != "default" else {}
     patches.update(options or {})
     return _torch.compile_fx(
-        traced, list(example_inputs), config_patches=patches or None, decompositions=_decompositions(example_inputs)
+        traced,
+        list(example_inputs),
+        config_patches=patches or None,
+        decompositions=_decompositions(example_inputs),
     )
 
 
@@ -116,11 +119,18 @@ class _FirstCalls:
         # A model with graph breaks runs several graphs a call; the one that reads the leader counts.
         if not self.done and any(args[i] is self.leader for i in run.params.values()):
             self.quantizer.count_call()
-            log.info("permuquant: calibration call %d of %d", self.quantizer.statistics().calls, self.steps)
+            log.info(
+                "permuquant: calibration call %d of %d",
+                self.quantizer.statistics().calls,
+                self.steps,
+            )
             if self.quantizer.statistics().calls >= self.steps:
                 self.done = True
                 report = self.quantizer.convert()
-                log.info("permuquant: converted; the next call compiles the quantized model; %s", report.summary)
+                log.info(
+                    "permuquant: converted; the next call compiles the quantized model; %s",
+                    report.summary,
+                )
         return result
 
 

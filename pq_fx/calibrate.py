@@ -53,7 +53,12 @@ class Observer:
         params = {n: t for n, t in parameter_inputs(traced).items() if id(t) in self.names}
         found = find_regions(traced, params)
         self.statistics.graphs += 1
-        log.info("graph %d: %d linears, %d regions", self.statistics.graphs, len(found.linears), len(found.regions))
+        log.info(
+            "graph %d: %d linears, %d regions",
+            self.statistics.graphs,
+            len(found.linears),
+            len(found.regions),
+        )
         index = {n.name: i for i, n in enumerate(traced.graph.find_nodes(op="placeholder"))}
         seeds = {p.name: self.seed for r in found.regions for p in r.points}
         order = observe.insert_observers(traced, found.sources, seeds)
@@ -65,7 +70,12 @@ class ObservedGraph:
     """Runs an observed graph with the moments that belong to the parameters of this very call."""
 
     def __init__(
-        self, observer: Observer, gm: fx.GraphModule, found: RegionMap, params: dict[str, int], order: list[str]
+        self,
+        observer: Observer,
+        gm: fx.GraphModule,
+        found: RegionMap,
+        params: dict[str, int],
+        order: list[str],
     ) -> None:
         self.observer = observer
         self.gm = gm
@@ -75,6 +85,7 @@ class ObservedGraph:
         self.bound: dict[tuple[int, ...], list[torch.Tensor]] = {}
 
     def __call__(self, *args: Any) -> Any:
+        """Run the graph on the caller's arguments, parameters among them."""
         key = tuple(id(args[i]) for i in self.params.values())
         tensors = self.bound.get(key)
         if tensors is None:

@@ -38,6 +38,7 @@ from pq_fx.passes.rounding import SecondMoment, gptq, second_moment
 from pq_fx.plan import LinearFact, Plan
 from pq_fx.report import LayerReport, Report
 
+
 @dataclass
 class _Layer:
     """A linear to be quantized, with its own settings."""
@@ -79,10 +80,14 @@ def convert(
     start = time.perf_counter()
     plan = statistics.plan
     if not plan.linears:
-        raise CalibrationError("nothing was calibrated: call the model inside `with quantizer.calibrate():` first")
+        raise CalibrationError(
+            "nothing was calibrated: call the model inside `with quantizer.calibrate():` first"
+        )
     draft = _Draft()
     layers = _layers(model, plan, config, draft)
-    params = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    params = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
     views = [v for v in (_restrict(r, layers) for r in plan.regions.values()) if v is not None]
     with torch.no_grad():
         choices: dict[str, RegionChoice] = {}
@@ -132,7 +137,11 @@ def _layers(model: nn.Module, plan: Plan, config: QuantConfig, draft: _Draft) ->
         if fact.treatment == "impossible":
             reason = fact.reason
         elif own is None:
-            reason = "left alone by modules_to_not_convert" if config.is_skipped(fqn) else f"left alone by rule {rule!r}"
+            reason = (
+                "left alone by modules_to_not_convert"
+                if config.is_skipped(fqn)
+                else f"left alone by rule {rule!r}"
+            )
         elif fact.treatment == "leave" and (rule is None or rule == "_default"):
             reason = fact.reason
         elif type(module) is not nn.Linear:
@@ -144,7 +153,9 @@ def _layers(model: nn.Module, plan: Plan, config: QuantConfig, draft: _Draft) ->
             if not reason:
                 layers[fqn + ".weight"] = layer
         if reason:
-            draft.rows[fqn] = LayerReport(fqn, fact.in_features, fact.out_features, skip_reason=reason)
+            draft.rows[fqn] = LayerReport(
+                fqn, fact.in_features, fact.out_features, skip_reason=reason
+            )
     return layers
 
 
@@ -203,7 +214,11 @@ def _settings(layer: _Layer) -> Settings:
 
 
 def _choose(
-    view: Region, statistics: Statistics, plan: Plan, layers: dict[str, _Layer], params: dict[str, Tensor]
+    view: Region,
+    statistics: Statistics,
+    plan: Plan,
+    layers: dict[str, _Layer],
+    params: dict[str, Tensor],
 ) -> RegionChoice:
     moments = {p.name: statistics.moments[_origin(plan, p)] for p in view.points}
     names = [n for p in view.points for n in p.linears]
@@ -296,7 +311,9 @@ def _input_quantizer(
 class _Rows:
     """A point's sampled rows as its linears will see them: half to round weights by, half to measure with."""
 
-    def __init__(self, sample: Tensor, own: PointChoice, quantizer: ActivationQuantizer | None) -> None:
+    def __init__(
+        self, sample: Tensor, own: PointChoice, quantizer: ActivationQuantizer | None
+    ) -> None:
         self.perm = None if own.perm is None else torch.from_numpy(own.perm).to(sample.device)
         self.rotation = own.rotation
         self.plain = sample.float()
@@ -308,7 +325,9 @@ class _Rows:
 
     def apply(self, weight: Tensor) -> Tensor:
         """The weight [N, K] in the order and rotation of the rows."""
-        return permute_rotate(weight, None if self.perm is None else self.perm.to(weight.device), self.rotation)
+        return permute_rotate(
+            weight, None if self.perm is None else self.perm.to(weight.device), self.rotation
+        )
 
     def moment(self, group: int) -> SecondMoment:
         """What rounding needs to know; made once for all linears of the point."""

@@ -58,7 +58,9 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize x [..., channels]; returns (data, scale) in the carrier of x's device (kernels/ops.py)."""
         carrier = devices.carrier(x.device)
-        data, scale = torch.ops.pq.quantize(x, self.perm, self.global_scale, self.format, self.rotation, carrier)
+        data, scale = torch.ops.pq.quantize(
+            x, self.perm, self.global_scale, self.format, self.rotation, carrier
+        )
         return data, scale
 
     def extra_repr(self) -> str:
@@ -116,8 +118,12 @@ class QuantLinear(nn.Module):
             in_features,
             out_features,
             fmt.key,
-            torch.empty(out_features, fmt.packed_bytes(in_features), dtype=torch.uint8, device=device),
-            torch.empty(out_features, fmt.groups(in_features), dtype=fmt.scale_dtype, device=device),
+            torch.empty(
+                out_features, fmt.packed_bytes(in_features), dtype=torch.uint8, device=device
+            ),
+            torch.empty(
+                out_features, fmt.groups(in_features), dtype=fmt.scale_dtype, device=device
+            ),
             torch.empty((), dtype=torch.float32, device=device) if fmt.two_level else None,
             torch.empty(out_features, dtype=dtype, device=device) if bias else None,
             None,
@@ -128,7 +134,12 @@ class QuantLinear(nn.Module):
         quantizer = self.input_quantizer
         if quantizer is None:
             return torch.ops.pq.linear_weight_only(
-                x, self.weight, self.weight_scale, self.weight_global_scale, self.weight_format, self.bias
+                x,
+                self.weight,
+                self.weight_scale,
+                self.weight_global_scale,
+                self.weight_format,
+                self.bias,
             )
         data, scale = quantizer(x)
         return torch.ops.pq.linear(

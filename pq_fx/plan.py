@@ -29,7 +29,9 @@ class Plan:
     linears: dict[str, LinearFact] = field(default_factory=dict)
     _graphs: list[tuple[frozenset[str], dict[str, Region]]] = field(default_factory=list)
 
-    def add(self, found: RegionMap, names: Mapping[str, str], params: frozenset[str]) -> dict[str, str]:
+    def add(
+        self, found: RegionMap, names: Mapping[str, str], params: frozenset[str]
+    ) -> dict[str, str]:
         """Take in one graph's regions; `names` maps its placeholders to parameter names.
 
         Returns the graph's point names -> parameter names. Two graphs that disagree about a region (a parameter is
@@ -40,11 +42,18 @@ class Plan:
             known = self.regions.get(name)
             if known is not None and _points(known) != _points(region):
                 region = _merge_points(known, region)
-            self.regions[name] = region if known is None or _same(known, region) else _unfold(region, "graphs disagree")
+            self.regions[name] = (
+                region
+                if known is None or _same(known, region)
+                else _unfold(region, "graphs disagree")
+            )
         for weight, linear in found.linears.items():
             fqn = names.get(weight, weight).removesuffix(".weight")
             self.linears.setdefault(
-                fqn, LinearFact(fqn, linear.in_features, linear.out_features, linear.treatment, linear.reason)
+                fqn,
+                LinearFact(
+                    fqn, linear.in_features, linear.out_features, linear.treatment, linear.reason
+                ),
             )
         self._graphs.append((params, regions))
         self._check_foreign_use()
@@ -58,7 +67,9 @@ class Plan:
             touched = {a.param for a in region.axes}
             for params, regions in self._graphs:
                 if touched & params and (name not in regions or not _same(regions[name], region)):
-                    self.regions[name] = _unfold(region, "another graph uses its parameters otherwise")
+                    self.regions[name] = _unfold(
+                        region, "another graph uses its parameters otherwise"
+                    )
                     break
 
 
@@ -94,4 +105,6 @@ def _same(a: Region, b: Region) -> bool:
 
 def _unfold(region: Region, reason: str) -> Region:
     """The region with nothing left to fold."""
-    return replace(region, blocks=np.full_like(region.blocks, -1), axes=(), reasons=(*region.reasons, reason))
+    return replace(
+        region, blocks=np.full_like(region.blocks, -1), axes=(), reasons=(*region.reasons, reason)
+    )

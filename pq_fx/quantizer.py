@@ -27,7 +27,9 @@ class Quantizer:
     >>> report = quantizer.convert()
     """
 
-    def __init__(self, model: nn.Module, config: QuantConfig, statistics: Statistics | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: QuantConfig, statistics: Statistics | None = None
+    ) -> None:
         self.model = model
         self.config = config
         self._statistics = statistics if statistics is not None else Statistics()
@@ -40,7 +42,9 @@ class Quantizer:
         May be opened several times; statistics add up. Raises CalibrationError when no call was made.
         """
         if self._converted:
-            raise CalibrationError("this model is converted already; calibration needs the float model")
+            raise CalibrationError(
+                "this model is converted already; calibration needs the float model"
+            )
         before = getattr(self.model, "_compiled_call_impl", None)
         calls = self._statistics.calls
         handle = self.model.register_forward_hook(lambda *_: self.count_call())
@@ -57,7 +61,9 @@ class Quantizer:
 
     def observer(self) -> Observer:
         """A Dynamo backend that gathers this quantizer's statistics."""
-        return Observer(self.model, self._statistics, self.config.calibration_rows, self.config.seed)
+        return Observer(
+            self.model, self._statistics, self.config.calibration_rows, self.config.seed
+        )
 
     def count_call(self) -> None:
         """Note that the model was called once."""
@@ -86,7 +92,10 @@ class Quantizer:
 
 
 def prepare(
-    model: nn.Module, config: QuantConfig | str | dict[str, object] | None = None, *, statistics: Statistics | None = None
+    model: nn.Module,
+    config: QuantConfig | str | dict[str, object] | None = None,
+    *,
+    statistics: Statistics | None = None,
 ) -> Quantizer:
     """Get ready to quantize `model` in place.
 
@@ -98,5 +107,7 @@ def prepare(
     if not isinstance(inner, nn.Module):
         raise ConfigError(f"expected an nn.Module, found {type(model).__name__}")
     if quantized_linears(inner):
-        raise CalibrationError("this model has quantized linears already; prepare expects the float model")
+        raise CalibrationError(
+            "this model has quantized linears already; prepare expects the float model"
+        )
     return Quantizer(inner, QuantConfig.of(config), statistics)

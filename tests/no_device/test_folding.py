@@ -19,7 +19,9 @@ from pq_fx.passes.verify import verify_folds
 Flux = Callable[..., tuple[nn.Module, dict]]
 
 
-def regions_of(model: nn.Module, inputs: dict) -> tuple[torch.fx.GraphModule, dict, RegionMap, dict[str, str]]:
+def regions_of(
+    model: nn.Module, inputs: dict
+) -> tuple[torch.fx.GraphModule, dict, RegionMap, dict[str, str]]:
     seen: list = []
 
     def backend(gm: torch.fx.GraphModule, _: object) -> Callable:
@@ -52,7 +54,9 @@ def apply(model: nn.Module, region: Region, perm: np.ndarray, names: dict[str, s
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_flux_random_folds_change_nothing(tiny_flux: Flux, dtype: torch.dtype, bound: float) -> None:
+def test_flux_random_folds_change_nothing(
+    tiny_flux: Flux, dtype: torch.dtype, bound: float
+) -> None:
     model, inputs = tiny_flux(dtype)
     gm, params, found, names = regions_of(model, inputs)
     foldable = [r for r in found.regions if r.foldable]
@@ -69,18 +73,33 @@ def test_flux_random_folds_change_nothing(tiny_flux: Flux, dtype: torch.dtype, b
     with torch.no_grad():
         want, got = model(**inputs).sample, folded(**inputs).sample
     assert ((got - want).norm() / want.norm()).item() < bound
-    assert not torch.equal(folded.transformer_blocks[0].attn.to_v.weight, model.transformer_blocks[0].attn.to_v.weight)
+    assert not torch.equal(
+        folded.transformer_blocks[0].attn.to_v.weight, model.transformer_blocks[0].attn.to_v.weight
+    )
 
 
 def test_flux_streams_of_joint_attention_share_one_permutation(tiny_flux: Flux) -> None:
     model, inputs = tiny_flux(torch.float64)
     _, _, found, names = regions_of(model, inputs)
-    region = next(r for r in found.regions if names[r.name] == "transformer_blocks.0.attn.to_out.0.weight")
+    region = next(
+        r for r in found.regions if names[r.name] == "transformer_blocks.0.attn.to_out.0.weight"
+    )
     held = {(names[a.param], a.axis) for a in region.axes}
     block = "transformer_blocks.0.attn."
-    assert {(f"{block}to_v.weight", 0), (f"{block}add_v_proj.weight", 0), (f"{block}to_out.0.weight", 1)} <= held
-    assert {(f"{block}to_add_out.weight", 1), (f"{block}to_v.bias", 0), (f"{block}add_v_proj.bias", 0)} <= held
-    assert [names[p.name] for p in region.points] == [f"{block}to_out.0.weight", f"{block}to_add_out.weight"]
+    assert {
+        (f"{block}to_v.weight", 0),
+        (f"{block}add_v_proj.weight", 0),
+        (f"{block}to_out.0.weight", 1),
+    } <= held
+    assert {
+        (f"{block}to_add_out.weight", 1),
+        (f"{block}to_v.bias", 0),
+        (f"{block}add_v_proj.bias", 0),
+    } <= held
+    assert [names[p.name] for p in region.points] == [
+        f"{block}to_out.0.weight",
+        f"{block}to_add_out.weight",
+    ]
     # exchangeable within a head only: 3 heads of 16 channels
     assert np.array_equal(region.blocks, np.repeat(np.unique(region.blocks), 16))
 
@@ -101,7 +120,9 @@ def test_flux_streams_of_joint_attention_share_one_permutation(tiny_flux: Flux) 
 def test_verify_catches_independent_streams(tiny_flux: Flux) -> None:
     model, inputs = tiny_flux(torch.float32)
     gm, params, found, names = regions_of(model, inputs)
-    region = next(r for r in found.regions if names[r.name] == "transformer_blocks.1.attn.to_out.0.weight")
+    region = next(
+        r for r in found.regions if names[r.name] == "transformer_blocks.1.attn.to_out.0.weight"
+    )
     perm = random_perm(region, np.random.default_rng(3))
     image_only = tuple(a for a in region.axes if "add" not in names[a.param])
     broken = Region(region.name, region.points, region.blocks, region.columns, image_only)
@@ -113,7 +134,9 @@ def test_verify_catches_independent_streams(tiny_flux: Flux) -> None:
 def test_permutation_out_of_a_head_is_refused(tiny_flux: Flux) -> None:
     model, inputs = tiny_flux(torch.float32)
     _, params, found, names = regions_of(model, inputs)
-    region = next(r for r in found.regions if names[r.name] == "transformer_blocks.0.attn.to_out.0.weight")
+    region = next(
+        r for r in found.regions if names[r.name] == "transformer_blocks.0.attn.to_out.0.weight"
+    )
     perm = np.roll(np.arange(region.blocks.size), 1)
     with pytest.raises(GraphError, match="out of its block"):
         fold_tensors(region, perm, params)

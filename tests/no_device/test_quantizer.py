@@ -17,14 +17,20 @@ from pq_fx.modules import quantized_linears
 from pq_fx.passes.lower import quantized_operations
 
 Flux = Callable[..., tuple[nn.Module, dict]]
-CONFIG = pq_fx.QuantConfig("int4", group_size=16, weight_only_format="int4:16:bf16", calibration_rows=64)
+CONFIG = pq_fx.QuantConfig(
+    "int4", group_size=16, weight_only_format="int4:16:bf16", calibration_rows=64
+)
 
 
 def calls(inputs: dict, n: int) -> list[dict]:
     """n calibration calls at different timesteps."""
     generator = torch.Generator().manual_seed(5)
     return [
-        inputs | {"timestep": torch.rand(2, generator=generator), "hidden_states": torch.randn(2, 15, 12, generator=generator)}
+        inputs
+        | {
+            "timestep": torch.rand(2, generator=generator),
+            "hidden_states": torch.randn(2, 15, 12, generator=generator),
+        }
         for _ in range(n)
     ]
 
@@ -65,7 +71,9 @@ def test_calibration_leaves_results_alone_and_conversion_stays_close(tiny_flux: 
     assert all("norm" in row.fqn for row in one_row) and len(one_row) == 2 * 2 + 2 + 1
 
 
-def test_three_ways_give_the_same_bits(tiny_flux: Flux, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_three_ways_give_the_same_bits(
+    tiny_flux: Flux, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, inputs = tiny_flux(layers=0, singles=1)
     one_line, loaded = copy.deepcopy(model), copy.deepcopy(model)
     quantize(model, inputs)
@@ -85,10 +93,16 @@ def test_three_ways_give_the_same_bits(tiny_flux: Flux, tmp_path: Path, caplog: 
     assert torch.equal(ours, theirs)
     assert torch.equal(eager, eager_loaded)
     assert relative(ours, eager) < 1e-3
-    assert "calibration call 2 of 2" in caplog.text and "converted" in caplog.text and "lowered" in caplog.text
+    assert (
+        "calibration call 2 of 2" in caplog.text
+        and "converted" in caplog.text
+        and "lowered" in caplog.text
+    )
 
 
-def test_second_resolution_and_same_class_twins(tiny_flux: Flux, make_flux_inputs: Callable) -> None:
+def test_second_resolution_and_same_class_twins(
+    tiny_flux: Flux, make_flux_inputs: Callable
+) -> None:
     first, inputs = tiny_flux(layers=0, singles=1)
     second, _ = tiny_flux(layers=0, singles=1, seed=1)
     quantize(first, inputs)
@@ -137,16 +151,31 @@ def test_lowered_graph_has_no_permute_left(tiny_flux: Flux) -> None:
     assert before["quantize"] == before["linear"] == 12 + 5
     assert counts.shared == 2 + 2 + 3
     assert counts.norms == 2 + 2 + 1  # norm1 and norm2 of both streams, the single block's norm
-    assert counts.acts == 2  # gelu of both streams; the single block's is joined with attention first
-    assert after == {"norm_quantize": 5, "act_quantize": 2, "quantize": 3, "linear": 17, "linear_weight_only": 4}
+    assert (
+        counts.acts == 2
+    )  # gelu of both streams; the single block's is joined with attention first
+    assert after == {
+        "norm_quantize": 5,
+        "act_quantize": 2,
+        "quantize": 3,
+        "linear": 17,
+        "linear_weight_only": 4,
+    }
     gathers = {"index_select", "gather", "index"}
-    assert not [n for n in traced.graph.nodes if n.op == "call_function" and str(n.target).split(".")[1:2] in [[g] for g in gathers]]
+    assert not [
+        n
+        for n in traced.graph.nodes
+        if n.op == "call_function" and str(n.target).split(".")[1:2] in [[g] for g in gathers]
+    ]
 
 
 def test_misuse_is_named(tiny_flux: Flux) -> None:
     model, inputs = tiny_flux(layers=1, singles=1)
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(CalibrationError, match="was not called"), pq_fx.prepare(model, CONFIG).calibrate():
+    with (
+        pytest.raises(CalibrationError, match="was not called"),
+        pq_fx.prepare(model, CONFIG).calibrate(),
+    ):
         pass
     with pytest.raises(CalibrationError, match="nothing was calibrated"):
         pq_fx.prepare(model, CONFIG).convert()
@@ -196,6 +225,10 @@ def test_rules_and_skips(tiny_flux: Flux) -> None:
     assert rows["transformer_blocks.0.attn.to_k"].quantized
     assert rows["transformer_blocks.0.ff.net.2"].format == "int3:16:bf16"
     assert rows["proj_out"].quantized  # a rule overrules what the graph suggests
-    assert all("modules_to_not_convert" in r.skip_reason for n, r in rows.items() if n.startswith("single_transformer"))
+    assert all(
+        "modules_to_not_convert" in r.skip_reason
+        for n, r in rows.items()
+        if n.startswith("single_transformer")
+    )
     with torch.no_grad():
         assert torch.isfinite(model(**inputs).sample).all()

@@ -1,0 +1,162 @@
+"""What gets installed, and which words the sources may not contain."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("pq_fx", "passes", "kernels")
+PRIVATE_TORCH = re.compile(
+    r"torch\._dynamo|torch\._inductor|torch\._guards|torch\.fx\.experimental|torch\._subclasses"
+    r"|from torch import .*\b(_dynamo|_inductor|_guards|_subclasses)\b"
+)
+PICKLE = re.compile(r"\bpickle\b|\btorch\.(load|save)\b")
+
+
+def sources(*folders: str) -> list[Path]:
+    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+    assert files
+    return files
+
+
+def code_lines(file: Path) -> list[tuple[int, str]]:
+    """Lines without comments; docstrings may still name a module, so only statements count."""
+    lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+    return [(number, line.split("#")[0]) for number, line in lines]
+
+
+def test_hugging_face_does_not_find_our_folder_as_the_package_kernels():
+    """Some Hugging Face libraries import a package of that name and would get ours."""
+    spec = importlib.util.find_spec("kernels")
+    if spec is not None:
+        places = [spec.origin, *(spec.submodule_search_locations or [])]
+        assert not [p for p in places if p and Path(p).resolve().is_relative_to(ROOT / "kernels")]
+
+
+def test_the_backend_is_an_entry_point():
+    points = importlib.metadata.entry_points(group="torch_dynamo_backends")
+    (ours,) = (point for point in points if point.name == "permuquant")
+    assert ours.value == "pq_fx.backend:permuquant"
+
+
+def test_torch_knows_the_backend_without_an_import_of_pq_fx():
+    code = (
+        "import sys, torch; names = torch._dynamo.list_backends(exclude_tags=());"
+        "assert 'permuquant' in names, names; assert 'pq_fx' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_package_is_listed():
+    """setuptools takes explicit names because passes/ and kernels/ are mapped into pq_fx."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = set(settings["tool"]["setuptools"]["packages"])
+    found = set()
+    for file in sources(*SOURCES):
+        package = ".".join(file.parent.relative_to(ROOT).parts)
+        found.add(package if package.startswith("pq_fx") else f"pq_fx.{package}")
+    assert listed == found
+
+
+def test_everything_imports_as_installed():
+    import pq_fx.kernels
+    import pq_fx.passes
+
+    assert Path(pq_fx.kernels.__file__).parent == ROOT / "kernels"
+    assert Path(pq_fx.passes.__file__).parent == ROOT / "passes"
+    assert importlib.util.find_spec("passes") is None or not Path(
+        str(importlib.util.find_spec("passes").origin)
+    ).is_relative_to(ROOT)
+
+
+def test_private_torch_names_are_in_one_file():
+    """passes/_torch.py is where a new PyTorch release may break us; nowhere else."""
+    allowed = ROOT / "passes" / "_torch.py"
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for file in sources(*SOURCES, "bench")
+        for number, line in code_lines(file)
+        if file != allowed and PRIVATE_TORCH.search(line)
+    ]
+    assert not found, "\n".join(found)
+    assert PRIVATE_TORCH.search(allowed.read_text(encoding="utf-8"))  # the pattern does match
+
+
+def test_nothing_reads_pickle():
+    """A checkpoint from a stranger must not run code."""
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for file in sources(*SOURCES)
+        for number, line in code_lines(file)
+        if PICKLE.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_floors_are_kept():
+    """Imports go downward: pq_fx -> passes, kernels; passes -> formats, reference; kernels -> -."""
+    allowed = {
+        "kernels": ("pq_fx.errors", "pq_fx.kernels"),
+        "passes": (
+            "pq_fx.errors", "pq_fx.passes", "pq_fx.kernels.formats", "pq_fx.kernels.reference",
+        ),
+    }  # fmt: skip
+    pattern = re.compile(r"^\s*(?:from|import)\s+(pq_fx[\w.]*)")
+    found = []
+    for folder, prefixes in allowed.items():
+        for file in sources(folder):
+            for number, line in code_lines(file):
+                match = pattern.match(line)
+                if match and not any(
+                    match[1] == prefix or match[1].startswith(f"{prefix}.") for prefix in prefixes
+                ):
+                    found.append(f"{file.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools")
+def test_what_a_wheel_carries(tmp_path):
+    """Without building one: the files that setuptools would copy, from its own build_py."""
+    code = (
+        "import sys\n"
+        "from setuptools import Distribution\n"
+        "d = Distribution(); d.parse_config_files(); c = d.get_command_obj('build_py')\n"
+        "c.ensure_finalized(); c.data_files = c._get_data_files()\n"
+        "for p, f in ((m[0], m[2]) for m in c.find_all_modules()): print(p, f)\n"
+        "for p, _, _, names in c.data_files:\n"
+        "    for n in names: print(p, n)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"this setuptools cannot list a wheel's files: {done.stderr[-200:]}")
+    files = done.stdout
+    for wanted in (
+        "pq_fx.passes passes/_torch.py",
+        "pq_fx.kernels kernels/formats.py",
+        "pq_fx.demo flux.safetensors",
+        "pq_fx.demo prompts.safetensors",
+        "pq_fx.demo ATTRIBUTION.md",
+        "pq_fx py.typed",
+    ):
+        assert wanted in files, files
+    assert "zimage.safetensors" not in files
+    assert "\ntests" not in files
+
+
+def test_embedded_weights_are_small():
+    weights = sum(file.stat().st_size for file in (ROOT / "pq_fx" / "demo").glob("*.safetensors"))
+    assert weights < 24e6
