@@ -2,10 +2,15 @@
 
     python bench/check_demo.py --out bench/results/demo_h100.json
 
-Converts the embedded model from one calibration on both devices and compares packed weights byte for byte; then
-compares the velocity of the compiled GPU model with the plain-PyTorch reference in the same carrier on the CPU. Codes
-that sit on a rounding edge may differ after a float operation that is not bit-equal on both devices, so outputs have a bound, in
-units of the quantization error itself.
+Converts the embedded model from one calibration on both devices: packed weights must be equal byte for
+byte. Then the velocity of the compiled GPU model must have the error against the float model that the
+plain-PyTorch reference has on the CPU, in the same carrier, to within ERROR_RATIO.
+
+The two velocities themselves part: one code in 100,000 that flips on a rounding edge (a norm's sums differ
+in the last bit between devices) moves its layer's output by a step, which flips more codes in the next
+layer, until after a few layers the two are independent draws of the same quantization noise. How far they
+part is recorded (`compiled_vs_reference`, in units of the quantization error), not bounded. Each operation
+on equal inputs is bounded by check_kernels.py.
 """
 
 from __future__ import annotations
@@ -26,8 +31,8 @@ from pq_fx.demo import load_model, load_prompts, sample, velocity
 from pq_fx.demo.sampling import noise
 from pq_fx.modules import quantized_linears
 
-# |gpu - reference| / |reference - float|: flips and fp8 sums must stay well under what quantization costs.
-OUTPUT_BOUND = 0.35
+# |gpu - float|^2 / |reference - float|^2 over 4 pictures: equal numerics give 1 up to which codes flip.
+ERROR_RATIO = (0.95, 1.05)
 FORMATS = ("int4", "int3", "nvfp4", "mxfp4")
 
 
@@ -76,7 +81,7 @@ def check(fmt: str, float_model: torch.nn.Module, statistics: Any, device: str) 
         "gpu_rel_mse": ((got - wanted).square().sum() / wanted.square().sum()).item(),
         "compiled_vs_reference": ((got - reference).norm() / cost).item(),
         "eager_vs_reference": ((eager - reference).norm() / cost).item(),
-        "bound": OUTPUT_BOUND,
+        "error_ratio": ((got - wanted).square().sum() / cost.square()).item(),
         "mean_layer_error": report.mean_layer_error,
         "compile_seconds": seconds,
     }
@@ -101,10 +106,11 @@ def main() -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     result = {"device": name, "torch": torch.__version__, "checks": checks}
     args.out.write_text(json.dumps(result, indent=2) + "\n")
+    low, high = ERROR_RATIO
     bad = [
         c["format"]
         for c in checks
-        if c["compiled_vs_reference"] > OUTPUT_BOUND or c["linears_packed_otherwise"]
+        if not low <= c["error_ratio"] <= high or c["linears_packed_otherwise"]
     ]
     if bad:
         sys.exit(f"out of bounds: {', '.join(bad)}")

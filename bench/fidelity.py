@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "times": TIMES,
         "runs": [],
     }
-    pictures = sample(model, demo, args.steps, 0)
+    size = 16 if args.device == "cpu" else 64
+    pictures = sample(model, demo, args.steps, 0, batch_size=size)
     few = min(args.images, 32)
     x0 = (pictures[:few] * 2 - 1).to(args.device)
     other = noise(few, 4242).to(args.device)
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             clone = copy.deepcopy(model)
             config = pq_fx.QuantConfig(fmt, method=method, calibration_rows=args.rows)
             report = pq_fx.prepare(clone, config, statistics=quantizer.statistics()).convert()
-            drawn = sample(clone, demo, args.steps, 0)
+            drawn = sample(clone, demo, args.steps, 0, batch_size=size)
             if not torch.isfinite(drawn).all():
                 sys.exit(f"{fmt} {method}: pictures are not finite")
             errors = [

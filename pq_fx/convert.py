@@ -264,7 +264,9 @@ def _pack_region(
     for point in view.points:
         own = choice.points.get(point.name, PointChoice(None, 0))
         first = layers[point.linears[0]]
-        sample = statistics.moments[_origin(plan, point)].sample()
+        # Statistics may have been gathered on another device than the model is on now.
+        device = params[point.linears[0]].device
+        sample = statistics.moments[_origin(plan, point)].sample().to(device)
         if choice.fold is not None:
             order = axis_index(view.columns[point.name], choice.fold)
             sample = sample[:, torch.from_numpy(order).to(sample.device)]
