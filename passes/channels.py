@@ -197,7 +197,8 @@ def propagate(gm: fx.GraphModule, params: Mapping[str, torch.Tensor | torch.Size
         if node.op in ("placeholder", "get_attr"):
             state.values[node] = None
         elif node.op == "call_function":
-            if "val" not in node.meta:
+            schema = getattr(node.target, "_schema", None)
+            if "val" not in node.meta and (schema is None or schema.returns):
                 raise GraphError(f"node {node.name} has no meta['val']; run retrace or torch.export first")
             state.values[node] = apply_rule(state, node)
         elif node.op == "output":

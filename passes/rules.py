@@ -30,7 +30,7 @@ IDENTITY = {
 }  # fmt: skip
 DROPOUT = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 # Operations that yield nothing and change nothing.
-CHECKS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size"}
+CHECKS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size", "observe"}
 
 
 def is_identity(node: fx.Node) -> bool:

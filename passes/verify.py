@@ -58,12 +58,14 @@ def _check_linear(
         Format.parse(activation).check_channels(channels)
 
 
+# Parameters by placeholder name, or their shapes where the tensors are gone.
+Shapes = Mapping[str, torch.Tensor | torch.Size]
+
+
 class _Replay(Propagation):
     """Walks the graph again with the channels in their new places and looks for an equality that no longer holds."""
 
-    def __init__(
-        self, params: Mapping[str, torch.Tensor], labels: Mapping[tuple[str, int], np.ndarray]
-    ) -> None:
+    def __init__(self, params: Shapes, labels: Mapping[tuple[str, int], np.ndarray]) -> None:
         super().__init__(params)
         self.labels = labels
         self.count = sum(v.size for v in labels.values()) + 1
@@ -88,7 +90,7 @@ class _Replay(Propagation):
 
 def verify_folds(
     gm: fx.GraphModule,
-    params: Mapping[str, torch.Tensor],
+    params: Shapes,
     regions: list[Region],
     perms: Mapping[str, np.ndarray],
 ) -> None:

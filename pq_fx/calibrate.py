@@ -32,6 +32,10 @@ class Statistics:
     moments: dict[str, observe.Moments] = field(default_factory=dict)
     calls: int = 0
     graphs: int = 0
+    # Each graph with the names of its parameters, to check that folds are closed before anything is changed.
+    bound: list[tuple[fx.GraphModule, dict[str, str], dict[str, torch.Size]]] = field(
+        default_factory=list
+    )
 
 
 class Observer:
@@ -63,6 +67,9 @@ class Observer:
         seeds = {p.name: self.seed for r in found.regions for p in r.points}
         order = observe.insert_observers(traced, found.sources, seeds)
         verify.verify_graph(traced)
+        for node in traced.graph.find_nodes(op="placeholder"):
+            # Dynamo's record of the real arguments would keep the float weights alive after conversion.
+            node.meta.pop("grapharg", None)
         return ObservedGraph(self, traced, found, {n: index[n] for n in params}, order)
 
 
@@ -104,6 +111,8 @@ class ObservedGraph:
                 )
             names[placeholder] = name
         points = observer.statistics.plan.add(self.found, names, frozenset(names.values()))
+        shapes = {placeholder: args[i].shape for placeholder, i in self.params.items()}
+        observer.statistics.bound.append((self.gm, names, shapes))
         tensors: list[torch.Tensor] = []
         for point in self.order:
             name = points[point]

@@ -35,7 +35,8 @@ from pq_fx.passes.evaluate import GLOBAL_SCALE_ROOM, exact_matmul
 from pq_fx.passes.fold import axis_index, fold_tensors
 from pq_fx.passes.regions import Point, Region
 from pq_fx.passes.rounding import SecondMoment, gptq, second_moment
-from pq_fx.plan import LinearFact, Plan
+from pq_fx.passes.verify import verify_folds
+from pq_fx.plan import LinearFact, Plan, rename_region
 from pq_fx.report import LayerReport, Report
 
 
@@ -97,6 +98,7 @@ def convert(
             choices[view.name] = _choose(view, statistics, plan, layers, params)
             if progress is not None:
                 progress(done + 1, 2 * len(views))
+        _check_closed(statistics, choices)
         index = _fold_indices(plan, choices, params)
         for done, view in enumerate(views):
             _pack_region(view, choices[view.name], layers, params, index, statistics, plan, draft)
@@ -233,15 +235,26 @@ def _fold_indices(
     for name, choice in choices.items():
         if choice.fold is None:
             continue
-        region = plan.regions[name] if name in plan.regions else _region_of(plan, name)
+        region = plan.regions[name]
         for key, order in fold_tensors(region, choice.fold, params).items():
             # Two regions may hold different positions of one axis (rows of a fused projection): compose them.
             index[key] = order if key not in index else index[key][order]
     return index
 
 
-def _region_of(plan: Plan, name: str) -> Region:
-    return next(r for r in plan.regions.values() if any(name in p.linears for p in r.points))
+def _check_closed(statistics: Statistics, choices: dict[str, RegionChoice]) -> None:
+    """Walk every graph again with the folds in place; GraphError where unlike channels would meet."""
+    perms = {name: c.fold for name, c in choices.items() if c.fold is not None}
+    for gm, names, shapes in statistics.bound:
+        placeholders = {fqn: placeholder for placeholder, fqn in names.items()}
+        here = [
+            rename_region(r, placeholders)
+            for r in statistics.plan.regions.values()
+            if r.name in perms and all(a.param in placeholders for a in r.axes)
+        ]
+        verify_folds(
+            gm, shapes, here, {placeholders[n]: p for n, p in perms.items() if n in placeholders}
+        )
 
 
 def _reordered(tensor: Tensor, name: str, index: dict[tuple[str, int], Tensor]) -> Tensor:

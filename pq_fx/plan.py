@@ -37,11 +37,9 @@ class Plan:
         Returns the graph's point names -> parameter names. Two graphs that disagree about a region (a parameter is
         used differently in each) take away its freedom to fold; each point can still gather.
         """
-        regions = {names[r.name]: _rename(r, names) for r in found.regions}
+        regions = {names[r.name]: rename_region(r, names) for r in found.regions}
         for name, region in regions.items():
             known = self.regions.get(name)
-            if known is not None and _points(known) != _points(region):
-                region = _merge_points(known, region)
             self.regions[name] = (
                 region
                 if known is None or _same(known, region)
@@ -73,7 +71,9 @@ class Plan:
                     break
 
 
-def _rename(region: Region, names: Mapping[str, str]) -> Region:
+def rename_region(region: Region, names: Mapping[str, str]) -> Region:
+    """The same region under other parameter names; `names` must hold every one of its own."""
+
     def point(p: Point) -> Point:
         return replace(p, name=names[p.name], linears=tuple(names[n] for n in p.linears))
 
@@ -84,14 +84,6 @@ def _rename(region: Region, names: Mapping[str, str]) -> Region:
         columns={names[n]: c for n, c in region.columns.items()},
         axes=tuple(FoldAxis(names[a.param], a.axis, a.channels) for a in region.axes),
     )
-
-
-def _points(region: Region) -> tuple[Point, ...]:
-    return region.points
-
-
-def _merge_points(a: Region, b: Region) -> Region:
-    return _unfold(b, f"graphs disagree about which linears read {a.name}")
 
 
 def _same(a: Region, b: Region) -> bool:

@@ -46,12 +46,13 @@ def test_every_preset_is_in_the_table_above():
         ("convrot", False, True),
         ("permuquant", True, False),
         ("permuquant-h", True, True),
+        ("best", True, True),
     ],
 )
 def test_methods(method, sort, rotate):
     config = QuantConfig(method=method)
     assert (config.sort, config.rotate) == (sort, rotate)
-    assert len(METHODS) == 4
+    assert len(METHODS) == 5
 
 
 def test_a_format_key_sets_group_and_scale():
