@@ -72,7 +72,9 @@ class Propagation:
     """Walks a graph once and collects equalities, distinctions and pins; `finish` turns them into classes."""
 
     def __init__(self, params: Mapping[str, torch.Tensor | torch.Size]) -> None:
-        self.shapes = {k: tuple(v.shape if isinstance(v, torch.Tensor) else v) for k, v in params.items()}
+        self.shapes = {
+            k: tuple(v.shape if isinstance(v, torch.Tensor) else v) for k, v in params.items()
+        }
         self.axes: dict[tuple[str, int], Axis] = {}
         self.values: dict[fx.Node, Any] = {}
         self.inputs: dict[fx.Node, Labels] = {}
@@ -96,7 +98,9 @@ class Propagation:
         key = (param, axis)
         if key not in self.axes:
             size = int(self.shapes[param][axis])
-            self.axes[key] = Axis(param, axis, int(self.fresh(size)[0]) if size else self._count, size)
+            self.axes[key] = Axis(
+                param, axis, int(self.fresh(size)[0]) if size else self._count, size
+            )
         return self.axes[key].atoms
 
     def param_value(self, param: str) -> Labels | None:
@@ -119,7 +123,9 @@ class Propagation:
     def pin(self, labels: Labels | None, reason: str) -> None:
         """These channels may not move at all."""
         if labels is not None and labels.size > 1:
-            self._pins.append((labels.ravel(), self._reasons.setdefault(reason, len(self._reasons))))
+            self._pins.append(
+                (labels.ravel(), self._reasons.setdefault(reason, len(self._reasons)))
+            )
 
     def tell_apart(self, labels: Labels | None, axes: Iterable[int]) -> None:
         """Channels at different coordinates along `axes` may not be exchanged."""
@@ -162,7 +168,9 @@ class Propagation:
         kind = np.zeros(n, np.uint64)
         for i, ((param, axis), space) in enumerate(sorted(self.axes.items())):
             del param, axis
-            np.add.at(kind, of[space.atoms], _mix(np.uint64(2 * i + 1), np.zeros(space.size, np.uint64)))
+            np.add.at(
+                kind, of[space.atoms], _mix(np.uint64(2 * i + 1), np.zeros(space.size, np.uint64))
+            )
         for i, (labels, coordinate) in enumerate(self._tags):
             np.add.at(kind, of[labels], _mix(np.uint64(2 * i + 2), coordinate.astype(np.uint64)))
         pinned = np.full(n, -1, np.int64)
@@ -199,7 +207,9 @@ def propagate(gm: fx.GraphModule, params: Mapping[str, torch.Tensor | torch.Size
         elif node.op == "call_function":
             schema = getattr(node.target, "_schema", None)
             if "val" not in node.meta and (schema is None or schema.returns):
-                raise GraphError(f"node {node.name} has no meta['val']; run retrace or torch.export first")
+                raise GraphError(
+                    f"node {node.name} has no meta['val']; run retrace or torch.export first"
+                )
             state.values[node] = apply_rule(state, node)
         elif node.op == "output":
             for value in node.all_input_nodes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,15 +28,14 @@ def groups(before: tuple[Any, ...], after: tuple[Any, ...]) -> list[tuple[list[i
                 j = k + 1
                 cuts.append((i, j))
                 break
-    result = [
-        (list(range(a, c)), list(range(b, d)))
-        for (a, b), (c, d) in zip(cuts, cuts[1:], strict=False)
-    ]
+    result = [(list(range(a, c)), list(range(b, d))) for (a, b), (c, d) in pairwise(cuts)]
     rest_left = list(range(cuts[-1][0], len(left)))
     rest_right = list(range(cuts[-1][1], len(right)))
     if rest_left or rest_right:
-        if result and all(sympy.expand(dim_expr(before[i]) - 1) == 0 for i in rest_left) and all(
-            sympy.expand(dim_expr(after[i]) - 1) == 0 for i in rest_right
+        if (
+            result
+            and all(sympy.expand(dim_expr(before[i]) - 1) == 0 for i in rest_left)
+            and all(sympy.expand(dim_expr(after[i]) - 1) == 0 for i in rest_right)
         ):
             result[-1] = (result[-1][0] + rest_left, result[-1][1] + rest_right)
         else:

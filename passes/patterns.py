@@ -107,7 +107,10 @@ def match_act(node: fx.Node) -> ActMatch | None:
 
 def _act_name(node: fx.Node) -> str | None:
     name = ACTS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
-    if name == "gelu" and node.kwargs.get("approximate", (list(node.args[1:]) or ["none"])[0]) == "tanh":
+    if (
+        name == "gelu"
+        and node.kwargs.get("approximate", (list(node.args[1:]) or ["none"])[0]) == "tanh"
+    ):
         return "gelu_tanh"
     return name
 

@@ -74,7 +74,9 @@ class RegionMap:
 
     linears: dict[str, Linear]
     regions: list[Region] = field(default_factory=list)
-    sources: dict[str, fx.Node] = field(default_factory=dict)  # point name -> the node that is quantized
+    sources: dict[str, fx.Node] = field(
+        default_factory=dict
+    )  # point name -> the node that is quantized
 
 
 def find_regions(gm: fx.GraphModule, params: Mapping[str, torch.Tensor]) -> RegionMap:
@@ -103,7 +105,13 @@ def find_regions(gm: fx.GraphModule, params: Mapping[str, torch.Tensor]) -> Regi
                 continue
             one_row = treatment == "weight_only"
             absorb = "norm" if match_norm(node) is not None else "quantize"
-            point = Point(members[0].weight, tuple(m.weight for m in members), members[0].in_features, absorb, one_row)
+            point = Point(
+                members[0].weight,
+                tuple(m.weight for m in members),
+                members[0].in_features,
+                absorb,
+                one_row,
+            )
             points.append(point)
             found.sources[point.name] = node
     found.regions = _group(points, channels, by_weight)
@@ -142,14 +150,18 @@ def _group(points: list[Point], channels: Channels, linears: dict[str, Linear]) 
         held = np.concatenate([classes[p.name] for p in members])
         if not movable[held].any():
             k = members[0].channels
-            drafts.append((members, np.full(k, -1), {members[0].name: np.arange(k)}, _reasons(held, channels)))
+            drafts.append(
+                (members, np.full(k, -1), {members[0].name: np.arange(k)}, _reasons(held, channels))
+            )
             continue
         _, first = np.unique(held, return_index=True)
         order = held[np.sort(first)]
         channel_of[order] = np.arange(order.size)
         region_of[order[movable[order]]] = r
         blocks = np.full(order.size, -1, np.int64)
-        _, blocks[movable[order]] = np.unique(channels.kind[order[movable[order]]], return_inverse=True)
+        _, blocks[movable[order]] = np.unique(
+            channels.kind[order[movable[order]]], return_inverse=True
+        )
         where = {p.name: channel_of[classes[p.name]].copy() for p in members}
         drafts.append((members, blocks, where, _reasons(held, channels)))
 
@@ -168,7 +180,11 @@ def _group(points: list[Point], channels: Channels, linears: dict[str, Linear]) 
 
 def _movable(points: list[Point], classes: dict[str, np.ndarray], channels: Channels) -> np.ndarray:
     """Which classes may be moved by folding: unpinned, with a like class to change places with, not the stream's."""
-    held = np.unique(np.concatenate([classes[p.name] for p in points])) if points else np.zeros(0, np.int64)
+    held = (
+        np.unique(np.concatenate([classes[p.name] for p in points]))
+        if points
+        else np.zeros(0, np.int64)
+    )
     movable = np.zeros(channels.kind.size, bool)
     free = held[channels.pinned[held] < 0]
     kinds, inverse, counts = np.unique(channels.kind[free], return_inverse=True, return_counts=True)

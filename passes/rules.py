@@ -30,7 +30,13 @@ IDENTITY = {
 }  # fmt: skip
 DROPOUT = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 # Operations that yield nothing and change nothing.
-CHECKS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size", "observe"}
+CHECKS = {
+    "_assert_tensor_metadata",
+    "_assert_async",
+    "_assert_scalar",
+    "sym_constrain_range_for_size",
+    "observe",
+}
 
 
 def is_identity(node: fx.Node) -> bool:
@@ -90,11 +96,13 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
-def _pin_inputs(state: Propagation, node: fx.Node, reason: str) -> None:
+def _pin_inputs(state: Propagation, node: fx.Node, reason: str) -> Labels | None:
+    """Pin all inputs; the value carries no channels, which is what a rule then returns."""
     for argument in node.all_input_nodes:
         labels = read(state, argument)
         for item in labels if isinstance(labels, (list, tuple)) else [labels]:
             state.pin(item, reason)
+    return None
 
 
 def _static(size: Any) -> bool:
@@ -125,11 +133,11 @@ def join(
       pinned and tells its coordinates apart in the others.
     """
     rank = len(shape_of(node))
-    full = [(_align(l, rank), _align_shape(s, rank)) for l, s in operands]
-    carried = [l for l, _ in full if l is not None]
+    full = [(_align(own, rank), _align_shape(s, rank)) for own, s in operands]
+    carried = [own for own, _ in full if own is not None]
     if not carried:
         return None
-    out_shape = np.broadcast_shapes(*(l.shape for l in carried))
+    out_shape = np.broadcast_shapes(*(own.shape for own in carried))
     channel_axes = [i for i, n in enumerate(out_shape) if n > 1]
     principal: list[Labels] = []
     apart: set[int] = set()
@@ -229,7 +237,13 @@ def _reduce(state: Propagation, node: fx.Node) -> Labels | None:
         return None
     position = 2 if node.target is aten.linalg_vector_norm.default else 1
     dims = node.args[position] if len(node.args) > position else None
-    axes = list(range(labels.ndim)) if dims is None else [dims] if isinstance(dims, int) else list(dims)  # type: ignore[call-overload]
+    axes = (
+        list(range(labels.ndim))
+        if dims is None
+        else [dims]
+        if isinstance(dims, int)
+        else list(dims)
+    )  # type: ignore[call-overload]
     axes = [a % labels.ndim for a in axes]
     keep = len(shape_of(node)) == labels.ndim
     reduced = [a for a in axes if labels.shape[a] > 1]
@@ -256,7 +270,9 @@ def _attention(state: Propagation, node: fx.Node) -> Labels | None:
     state.tell_apart(labels, range(labels.ndim - 2))
     heads = shape_of(node)[-3] if labels.ndim > 2 else 1
     if labels.ndim > 2 and labels.shape[-3] > 1 and _static(heads) and labels.shape[-3] != heads:
-        labels = np.repeat(labels, heads // labels.shape[-3], axis=-3)  # grouped queries share a value head
+        labels = np.repeat(
+            labels, heads // labels.shape[-3], axis=-3
+        )  # grouped queries share a value head
     return labels
 
 
@@ -298,7 +314,10 @@ def _convolution(state: Propagation, node: fx.Node) -> Labels | None:
     spatial = labels is not None and any(n > 1 for i, n in enumerate(labels.shape) if i != 1)
     if labels is None or labels.shape[1] == 1 or spatial:
         state.pin(labels, f"{node.name} convolves over channels of other axes")
-        state.pin(state.axis(weight.name, 1), f"the input of {node.name} carries no channels of a parameter")
+        state.pin(
+            state.axis(weight.name, 1),
+            f"the input of {node.name} carries no channels of a parameter",
+        )
         if groups != 1:
             state.pin(rows, f"the input of {node.name} carries no channels of a parameter")
     elif groups == 1:
@@ -342,32 +361,35 @@ def _cat(state: Propagation, node: fx.Node) -> Labels | None:
     rank = len(shape_of(node))
     axis = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % rank  # type: ignore[operator]
     labels = [value_of(state, p) for p in parts]
-    carried = [l for l in labels if l is not None]
+    carried = [own for own in labels if own is not None]
     if not carried:
         return None
-    if all(l.shape[axis] == 1 for l in carried) and not (
-        all(l is not None for l in labels) and all(_is_one(shape_of(p)[axis]) for p in parts)
+    if all(own.shape[axis] == 1 for own in carried) and not (
+        all(own is not None for own in labels) and all(_is_one(shape_of(p)[axis]) for p in parts)
     ):
         # Tokens are joined: every part must agree on the channels.
         first = carried[0]
-        for l, p in zip(labels, parts, strict=True):
-            if l is None:
-                state.pin(first, f"{node.name} joins it with {p.name}, which carries no channels of a parameter")
+        for own, p in zip(labels, parts, strict=True):
+            if own is None:
+                state.pin(
+                    first,
+                    f"{node.name} joins it with {p.name}, which carries no channels of a parameter",
+                )
             else:
-                state.equal(first, l)
-        return np.broadcast_to(first, np.broadcast_shapes(*(l.shape for l in carried))).copy()
+                state.equal(first, own)
+        return np.broadcast_to(first, np.broadcast_shapes(*(own.shape for own in carried))).copy()
     sizes = [shape_of(p)[axis] for p in parts]
     if not all(_static(s) for s in sizes):
         return _pin_inputs(state, node, f"{node.name} joins channels of unknown number")
-    around = list(np.broadcast_shapes(*(tuple(np.delete(l.shape, axis)) for l in carried)))
+    around = list(np.broadcast_shapes(*(tuple(np.delete(own.shape, axis)) for own in carried)))
     pieces = []
-    for l, size in zip(labels, sizes, strict=True):
+    for own, size in zip(labels, sizes, strict=True):
         shape = [*around[:axis], size, *around[axis:]]
-        if l is None or l.shape[axis] != size:
-            state.pin(l, f"{node.name} joins channels with tokens")
-            l = state.fresh(int(np.prod(shape))).reshape(shape)
-            state.pin(l, f"{node.name} joins a constant")
-        pieces.append(np.broadcast_to(l, shape))
+        if own is None or own.shape[axis] != size:
+            state.pin(own, f"{node.name} joins channels with tokens")
+            own = state.fresh(int(np.prod(shape))).reshape(shape)
+            state.pin(own, f"{node.name} joins a constant")
+        pieces.append(np.broadcast_to(own, shape))
     result = np.concatenate(pieces, axis)
     state.pieces(result, axis, sizes)
     return result
@@ -379,7 +401,7 @@ def _stack(state: Propagation, node: fx.Node) -> Labels | None:
     rank = len(shape_of(node))
     axis = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % rank  # type: ignore[operator]
     labels = [value_of(state, p) for p in parts]
-    carried = [l for l in labels if l is not None]
+    carried = [own for own in labels if own is not None]
     if not carried:
         return None
     if len(carried) != len(labels):
@@ -467,7 +489,9 @@ def _reshape(state: Propagation, node: fx.Node) -> Labels | None:
     return result
 
 
-@rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.numpy_T.default)
+@rule(
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.numpy_T.default
+)
 def _permute(state: Propagation, node: fx.Node) -> Labels | None:
     labels = value_of(state, node.args[0])
     if labels is None:
@@ -511,7 +535,9 @@ def _repeat(state: Propagation, node: fx.Node) -> Labels | None:
         return None
     counts = list(node.args[1])  # type: ignore[arg-type]
     labels = expand_rule(labels, len(counts))
-    if any(n > 1 and not (_static(c) and c >= 1) for n, c in zip(labels.shape, counts, strict=True)):
+    if any(
+        n > 1 and not (_static(c) and c >= 1) for n, c in zip(labels.shape, counts, strict=True)
+    ):
         state.pin(labels, f"{node.name} repeats channels an unknown number of times")
         return None
     return np.tile(labels, [c if n > 1 else 1 for n, c in zip(labels.shape, counts, strict=True)])

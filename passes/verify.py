@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,13 +35,13 @@ def verify_graph(gm: fx.GraphModule) -> None:
         if "val" not in node.meta and (schema is None or schema.returns):
             raise GraphError(f"{node.name} ({node.target}) lost its meta['val']")
         if node.target is pq.linear.default:
-            _check_linear(node, node.args[0], node.args[3], *node.args[4:6], node.args[7])  # type: ignore[misc]
+            _check_linear(node, *(node.args[i] for i in (0, 3, 4, 5, 7)))
         elif node.target is pq.linear_weight_only.default:
-            _check_linear(node, node.args[0], None, *node.args[1:3], node.args[4])  # type: ignore[misc]
+            _check_linear(node, node.args[0], None, *(node.args[i] for i in (1, 2, 4)))
 
 
 def _check_linear(
-    node: fx.Node, x: fx.Node, activation: str | None, weight: fx.Node, scale: fx.Node, key: str
+    node: fx.Node, x: Any, activation: Any, weight: Any, scale: Any, key: Any
 ) -> None:
     fmt = Format.parse(key)
     data, packed, scales = tensor_meta(x), tensor_meta(weight), tensor_meta(scale)
