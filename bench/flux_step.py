@@ -204,7 +204,7 @@ def main() -> None:
     save()
     for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
         block._compiled_call_impl = None
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -224,7 +224,7 @@ def main() -> None:
     result["summary"] = report.summary
     print(report.summary, flush=True)
     del quantizer
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
     model.compile_repeated_blocks(fullgraph=True, backend="permuquant")
