@@ -88,6 +88,14 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--steps", type=_positive, default=12, metavar="N", help="steps a picture")
     demo.add_argument("--seed", type=int, default=0, help="of the noise and of calibration")
     demo.add_argument("--device", default="cpu", help="cpu, or cuda for a GPU")
+    demo.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="draw this instead, may be given several times; texts beyond the packaged ones need "
+        "pip install 'pq-fx[text]'",
+    )
     demo.set_defaults(run=_demo)
 
 
@@ -100,6 +108,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         seed=arguments.seed,
         device=arguments.device,
+        texts=arguments.prompt,
     )
 
 

@@ -27,7 +27,7 @@ from pq_fx.calibrate import Statistics
 from pq_fx.config import QuantConfig
 from pq_fx.demo.model import load_model, velocity
 from pq_fx.demo.plots import grid, layer_errors
-from pq_fx.demo.prompts import load_prompts
+from pq_fx.demo.prompts import embed, load_prompts
 from pq_fx.demo.sampling import noise, psnr, sample
 from pq_fx.errors import ConfigError
 from pq_fx.quantizer import prepare
@@ -80,6 +80,7 @@ def run_demo(
     steps: int = STEPS,
     seed: int = 0,
     device: str = "cpu",
+    texts: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Write grid.png, layers.png and report.json into `out`, print the table, return the report.
@@ -90,17 +91,25 @@ def run_demo(
         steps: Euler steps a picture.
         seed: of the noise and of the calibration's choice of rows.
         device: "cpu" or a GPU that the kernels support.
+        texts: draw these instead of the first demo prompts; texts that the package has no embedding
+            of need the extra `pq-fx[text]` (MissingTextEncoderError says so).
         console: where to print; the terminal by default.
     """
     console = console or Console()
     folder = Path(out)
-    prompts = load_prompts("demo")
-    if not 1 <= images <= len(prompts.names):
-        raise ConfigError(f"images is {images}; expected 1 to {len(prompts.names)} (demo prompts)")
     if steps < 1:
         raise ConfigError(f"steps is {steps}; expected at least 1")
+    if texts:
+        names, embeddings = list(texts), embed(list(texts))
+    else:
+        prompts = load_prompts("demo")
+        if not 1 <= images <= len(prompts.names):
+            raise ConfigError(
+                f"images is {images}; expected 1 to {len(prompts.names)} (demo prompts)"
+            )
+        names, embeddings = list(prompts.names[:images]), prompts.take(images).embeddings
+    images = len(names)
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = prompts.take(images)
     model = load_model("flux").to(device)
     batches = math.ceil(images / 16)
     work = steps * batches
@@ -113,13 +122,13 @@ def run_demo(
         def draw(any_model: nn.Module, what: str) -> torch.Tensor:
             bar.update(task, description=what)
             tick = _ticker(bar, task)
-            return sample(any_model, prompts.embeddings, steps, seed, progress=tick)
+            return sample(any_model, embeddings, steps, seed, progress=tick)
 
         pictures = draw(model, "drawing at full precision")
         bar.update(task, description="calibrating")
         statistics = _calibrate(model, seed, _ticker(bar, task))
         points = _velocity_points(pictures, seed, device)
-        text = prompts.embeddings.to(device)
+        text = embeddings.to(device)
         wanted = [_velocity(model, x, t, text) for x, t in points]
         rows = [("full precision\n(float32)", pictures)]
         runs: list[Run] = []
@@ -158,7 +167,7 @@ def run_demo(
                 if not console.is_terminal:
                     console.print(f"{what}: {run.psnr_db:.2f} dB, {seconds:.0f} s")
         bar.update(task, description="drawing the plots")
-        _plot(folder, rows, prompts.names, reports)
+        _plot(folder, rows, names, reports)
 
     result = {
         "device": _device_name(device),

