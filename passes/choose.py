@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
 from pq_fx.passes.candidates import (
     after_fold,
@@ -29,7 +28,7 @@ from pq_fx.passes.candidates import (
     regroups,
     rotation_size,
 )
-from pq_fx.passes.evaluate import PointErrors
+from pq_fx.passes.evaluate import PointErrors, halves, second_moments
 from pq_fx.passes.observe import Moments
 from pq_fx.passes.regions import Point, Region
 
@@ -47,6 +46,10 @@ class Settings:
         tau: a choice is accepted when it lowers the error on held-out rows by more than this part.
         gather_margin: a gather must lower the error by more than this part of the best error that
             needs none.
+        weight_search: ratios that are tried for every scale of the weights, as at packing.
+        clips: ratios of which each point's quantizer gets the best one, a constant that its scales
+            are made smaller (or larger) by. Rotated channels are bell-shaped and rarely reach
+            their largest magnitude, so that finer steps pay for clipping.
         seed: reserved for candidates drawn at random; the present ones draw nothing.
         fit_rows, held_rows: at most so many sampled rows measure errors in each half.
     """
@@ -58,6 +61,8 @@ class Settings:
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
     tau: float = 0.0
     gather_margin: float = 0.05
+    weight_search: tuple[float, ...] = ()
+    clips: tuple[float, ...] = ()
     seed: int = 0
     fit_rows: int = 256
     held_rows: int = 256
@@ -68,11 +73,13 @@ class PointChoice:
     """What happens to a point's tensor before it is quantized.
 
     `perm` (int64 [K]) is gathered at run time, of channels that a fold may have moved already;
-    None = none. `rotation` is the size of the blocks rotated then, 0 = none.
+    None = none. `rotation` is the size of the blocks rotated then, 0 = none. `clip` multiplies
+    the largest magnitude of each group before its scale is computed.
     """
 
     perm: np.ndarray | None
     rotation: int
+    clip: float = 1.0
 
 
 @dataclass
@@ -104,6 +111,11 @@ class _Option(NamedTuple):
     rotation: int
     gather: bool
     alpha: float | None
+    clip: float = 1.0
+
+    @property
+    def changes(self) -> bool:
+        return self.order is not None or self.rotation != 0 or self.clip != 1.0
 
 
 _KEEP = _Option(None, 0, False, None)
@@ -133,9 +145,9 @@ def choose(
     seconds: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     enough = True
     for point in region.points:
-        fit, held = _halves(point, moments, weights)
+        fit, held = halves(point, moments, weights)
         enough = enough and len(fit) > 0 and len(held) > 0
-        seconds[point.name] = _second_moments(point, fit, weights)
+        seconds[point.name] = second_moments(point, fit, weights)
         fit, held = fit[: settings.fit_rows], held[: settings.held_rows]
         errors[point.name] = PointErrors(
             torch.cat([fit, held]),
@@ -143,12 +155,14 @@ def choose(
             {name: weights[name] for name in point.linears},
             settings.weight,
             None if point.one_row else settings.activation,
+            settings.weight_search,
         )
     keep = _Plan(None, None, {p.name: _KEEP for p in region.points})
     if not enough:
         return _result(region, errors, keep, keep, "kept: too few rows to fit and to accept on")
     best = _best(region, errors, seconds, settings)
-    if all(o.order is None and o.rotation == 0 for o in best.options.values()):
+    best = best._replace(options=_clipped(region, errors, best, settings))
+    if not any(o.changes for o in best.options.values()):
         return _result(region, errors, keep, keep, "kept: no candidate has less error")
     before, after = _held(errors, keep), _held(errors, best)
     gain = (before - after) / before if before > 0 else 0.0
@@ -156,34 +170,6 @@ def choose(
         return _result(region, errors, keep, best, f"accepted: held-out error {-gain:+.1%}")
     reason = f"kept: gain {gain:.2%} on held-out rows is not above tau {settings.tau:.2%}"
     return _result(region, errors, keep, keep, reason)
-
-
-def _halves(
-    point: Point, moments: Mapping[str, Moments], weights: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Sampled rows for fitting and for acceptance, fp32 on the weights' device, none in both."""
-    if point.name not in moments:
-        raise CalibrationError(f"{point.name}: no statistics; calibrate the model first")
-    moments[point.name].check(point.name)
-    for name in point.linears:
-        if not bool(torch.isfinite(weights[name]).all()):
-            raise CalibrationError(f"{name}: the weight holds NaN or infinity; skip it by a rule")
-    # Keys are random, so that every other row in their order is a random half.
-    rows = moments[point.name].sample().to(weights[point.linears[0]].device, torch.float32)
-    return rows[0::2], rows[1::2]
-
-
-def _second_moments(
-    point: Point, rows: Tensor, weights: Mapping[str, Tensor]
-) -> tuple[np.ndarray, np.ndarray]:
-    """E[x_i^2] and mean_n W[n, i]^2 over all rows of all linears, float64 [K]."""
-    sums = sum(
-        torch.linalg.vector_norm(weights[n], dim=0, dtype=torch.float32).double().square()
-        for n in point.linears
-    )
-    assert isinstance(sums, Tensor)
-    count = sum(weights[n].shape[0] for n in point.linears)
-    return rows.square().mean(dim=0).double().cpu().numpy(), (sums / count).cpu().numpy()
 
 
 def _best(
@@ -245,6 +231,18 @@ def _gathers(
     return [_least(errors[point.name], options)] if options else []
 
 
+def _clipped(
+    region: Region, errors: Mapping[str, PointErrors], plan: _Plan, settings: Settings
+) -> dict[str, _Option]:
+    """The plan's options with each point's best clip ratio."""
+    options = dict(plan.options)
+    for point in region.points:
+        if settings.activation is not None and not point.one_row:
+            tried = [options[point.name]._replace(clip=ratio) for ratio in (1.0, *settings.clips)]
+            options[point.name] = _least(errors[point.name], tried)
+    return options
+
+
 def _rotations(point: Point, settings: Settings) -> tuple[int, ...]:
     if not settings.rotate or point.one_row or settings.activation is None:
         return (0,)
@@ -258,13 +256,13 @@ def _least(measure: PointErrors, options: Sequence[_Option], margin: float = 0.0
 
 def _cost(measure: PointErrors, option: _Option, margin: float) -> float:
     """Error on the rows for fitting; a gather's counts for more, so that it must win clearly."""
-    cost = sum(measure(option.order, option.rotation).fit.values())
+    cost = sum(measure(option.order, option.rotation, option.clip).fit.values())
     return cost / (1.0 - margin) if option.gather and margin < 1.0 else cost
 
 
 def _held(errors: Mapping[str, PointErrors], plan: _Plan) -> float:
     options = plan.options.items()
-    return sum(sum(errors[name](o.order, o.rotation).held.values()) for name, o in options)
+    return sum(sum(errors[name](o.order, o.rotation, o.clip).held.values()) for name, o in options)
 
 
 def _result(
@@ -284,9 +282,9 @@ def _result(
             absorb[point.name] = point.absorb
         else:
             absorb[point.name] = "none" if folded is None else "fold"
-        points[point.name] = PointChoice(perm, option.rotation)
+        points[point.name] = PointChoice(perm, option.rotation, option.clip)
         before = errors[point.name](None, 0).held
-        after = errors[point.name](option.order, option.rotation).held
+        after = errors[point.name](option.order, option.rotation, option.clip).held
         for name in point.linears:
             found[name] = LinearError(before[name], after[name])
     alphas = [o.alpha for o in plan.options.values() if o.gather]

@@ -8,7 +8,7 @@ part, what is reported and accepted on the second. One quantization of the weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,8 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.reference import fake_quantize, nvfp4_global_scale, permute_rotate
+from pq_fx.passes.observe import Moments
+from pq_fx.passes.regions import Point
 
 # A later activation may be larger than any sampled one; nvfp4's tensor scale leaves this much room.
 GLOBAL_SCALE_ROOM = 2.0
@@ -40,6 +43,7 @@ class PointErrors:
         rows: fp32 [n, K], the first `fitted` of which are for fitting.
         weights: name -> float [N, K], as they stand in the model; rows and weights on one device.
         activation: format of X, or None: X stays as it is.
+        weight_search: ratios that are tried for every scale of the weights (`quantize`).
     """
 
     def __init__(
@@ -49,27 +53,34 @@ class PointErrors:
         weights: Mapping[str, Tensor],
         weight_format: Format,
         activation: Format | None,
+        weight_search: Sequence[float] = (),
     ) -> None:
         self.rows = rows
         self.fitted = fitted
         self.weights = weights
         self.weight_format = weight_format
         self.activation = activation
-        self._known: dict[tuple[bytes, int], Errors] = {}
+        self.weight_search = weight_search
+        self._known: dict[tuple[bytes, int, float], Errors] = {}
 
-    def __call__(self, order: np.ndarray | None, rotation: int) -> Errors:
-        """Errors with channel `order[k]` (int64 [K]) at position k, then rotated; None keeps."""
-        key = (b"" if order is None else order.tobytes(), rotation)
+    def __call__(self, order: np.ndarray | None, rotation: int, clip: float = 1.0) -> Errors:
+        """Errors with channel `order[k]` (int64 [K]) at position k, then rotated; None keeps.
+
+        `clip` multiplies the largest magnitude of each group of X, from which its scale is made.
+        """
+        key = (b"" if order is None else order.tobytes(), rotation, clip)
         if key not in self._known:
-            self._known[key] = self._measure(order, rotation)
+            self._known[key] = self._measure(order, rotation, clip)
         return self._known[key]
 
-    def _measure(self, order: np.ndarray | None, rotation: int) -> Errors:
+    def _measure(self, order: np.ndarray | None, rotation: int, clip: float) -> Errors:
         perm = None if order is None else torch.from_numpy(order).to(self.rows.device)
         x = permute_rotate(self.rows, perm, rotation)
         if self.activation is not None:
             room = x.abs().amax() * GLOBAL_SCALE_ROOM
-            x = fake_quantize(x, self.activation, global_scale=_scale(room, self.activation))
+            ratios = () if clip == 1.0 else (clip,)
+            scale = _scale(room, self.activation)
+            x = fake_quantize(x, self.activation, global_scale=scale, scale_search=ratios)
         errors = Errors({}, {})
         with exact_matmul():
             for name, weight in self.weights.items():
@@ -95,7 +106,8 @@ class PointErrors:
         whole = torch.zeros_like(lost)
         for chunk in chunks:
             w = chunk.float()
-            q = fake_quantize(permute_rotate(w, perm, rotation), fmt, global_scale=scale)
+            q = permute_rotate(w, perm, rotation)
+            q = fake_quantize(q, fmt, global_scale=scale, scale_search=self.weight_search)
             y = self.rows @ w.T
             error = torch.addmm(y, x, q.T, alpha=-1)
             for sums, values in ((lost, error), (whole, y)):
@@ -106,6 +118,34 @@ class PointErrors:
 
 def _scale(amax: Tensor, fmt: Format) -> Tensor | None:
     return nvfp4_global_scale(amax) if fmt.two_level else None
+
+
+def halves(
+    point: Point, moments: Mapping[str, Moments], weights: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Sampled rows for fitting and for acceptance, fp32 on the weights' device, none in both."""
+    if point.name not in moments:
+        raise CalibrationError(f"{point.name}: no statistics; calibrate the model first")
+    moments[point.name].check(point.name)
+    for name in point.linears:
+        if not bool(torch.isfinite(weights[name]).all()):
+            raise CalibrationError(f"{name}: the weight holds NaN or infinity; skip it by a rule")
+    # Keys are random, so that every other row in their order is a random half.
+    rows = moments[point.name].sample().to(weights[point.linears[0]].device, torch.float32)
+    return rows[0::2], rows[1::2]
+
+
+def second_moments(
+    point: Point, rows: Tensor, weights: Mapping[str, Tensor]
+) -> tuple[np.ndarray, np.ndarray]:
+    """E[x_i^2] and mean_n W[n, i]^2 over all rows of all linears, float64 [K]."""
+    sums = sum(
+        torch.linalg.vector_norm(weights[n], dim=0, dtype=torch.float32).double().square()
+        for n in point.linears
+    )
+    assert isinstance(sums, Tensor)
+    count = sum(weights[n].shape[0] for n in point.linears)
+    return rows.square().mean(dim=0).double().cpu().numpy(), (sums / count).cpu().numpy()
 
 
 @contextmanager

@@ -65,9 +65,9 @@ def bf16(a: np.ndarray) -> np.ndarray:
     return ((bits >> 16) << 16).astype(np.uint32).view(np.float32).astype(np.float64)
 
 
-def int_quantize(a: np.ndarray, group: int, top: int) -> np.ndarray:
+def int_quantize(a: np.ndarray, group: int, top: int, clip: float = 1.0) -> np.ndarray:
     parts = a.reshape(len(a), -1, group)
-    scale = bf16(np.abs(parts).max(-1, keepdims=True) / top)
+    scale = bf16(clip * np.abs(parts).max(-1, keepdims=True) / top)
     scale[scale == 0] = 1
     return (np.clip(np.rint(parts / scale), -top, top) * scale).reshape(a.shape)
 
@@ -80,14 +80,21 @@ def hadamard(size: int) -> np.ndarray:
 
 
 def reference_error(
-    x: np.ndarray, w: np.ndarray, order: np.ndarray, rotation: int, group: int, top: int, wo: bool
+    x: np.ndarray,
+    w: np.ndarray,
+    order: np.ndarray,
+    rotation: int,
+    group: int,
+    top: int,
+    wo: bool,
+    clip: float = 1.0,
 ) -> float:
     y = x @ w.T
     x, w = x[:, order], w[:, order]
     if rotation:
         h = np.kron(np.eye(x.shape[1] // rotation), hadamard(rotation))
         x, w = x @ h, w @ h
-    qx = x if wo else int_quantize(x, group, top)
+    qx = x if wo else int_quantize(x, group, top, clip)
     return float(((y - qx @ int_quantize(w, group, top).T) ** 2).sum() / (y**2).sum())
 
 
@@ -165,6 +172,37 @@ def test_methods() -> None:
     # W4A8 with a scale a row: blocks of the weight's group.
     w4a8 = settings(sort=False, rotate=True, activation=get_format("fp8"))
     assert choose(region, moments, {"w": w}, w4a8).rotation in (0, 64)
+
+
+@pytest.mark.parametrize("sort", [True, False])
+def test_clipping_by_a_constant(sort: bool) -> None:
+    # Bell-shaped channels and three bits: finer steps are worth a clipped tail.
+    g, fmt = rng(12), get_format("int3", 64)
+    x = g.standard_normal((500, K))
+    w = torch.from_numpy(g.standard_normal((200, K))).float()
+    moments, clips = {"w": moments_of(x)}, (0.9, 0.8, 0.7, 0.05)
+    given = settings(fmt, sort=sort, rotate=sort, clips=clips)
+    choice = choose(one_point(), moments, {"w": w}, given)
+    own = choice.points["w"]
+    assert choice.accepted and own.clip in (0.9, 0.8, 0.7)
+    assert choice.errors["w"].after < 0.95 * choice.errors["w"].before
+    order = order_of(one_point(), choice, "w")
+    held = moments["w"].sample()[1::2].double().numpy()
+    wide = w.double().numpy()
+    wanted = reference_error(held, wide, order, own.rotation, 64, 3, False, own.clip)
+    assert choice.errors["w"].after == pytest.approx(wanted, rel=0.01)
+    only = choose(one_point(one_row=True), moments, {"w": w}, settings(fmt, clips=clips))
+    assert only.points["w"].clip == 1.0  # nothing is quantized there
+
+
+def test_searched_weight_scales_are_measured() -> None:
+    fmt, (x, w) = get_format("int3", 64), planted(13)
+    plain, searched = (
+        choose(one_point(), {"w": moments_of(x)}, {"w": w}, settings(fmt, weight_search=ratios))
+        for ratios in ((), (1.0, 0.9, 0.8, 0.7))
+    )
+    assert searched.errors["w"].before < plain.errors["w"].before
+    assert searched.errors["w"].after < plain.errors["w"].after
 
 
 def test_the_halves_are_disjoint() -> None:
