@@ -212,6 +212,7 @@ def _settings(layer: _Layer) -> Settings:
         tau=config.tau,
         gather_margin=config.gather_margin,
         seed=config.seed,
+        weight_search=_ratios(layer.weight_format) if METHODS[config.method].search else (),
     )
 
 
@@ -359,10 +360,17 @@ class _Rows:
         return float((got - wanted).square().sum() / whole) if whole > 0 else 0.0
 
 
+def _ratios(fmt: Format) -> tuple[float, ...]:
+    """Ratios of the largest magnitude that are worth trying for a weight's scales."""
+    if fmt.scale == "e8m0":
+        return (1.0, 2.0)  # powers of two only: the scale, or the next
+    return NVFP4_CLIP_RATIOS + WEIGHT_CLIP_RATIOS[1:] if fmt.two_level else WEIGHT_CLIP_RATIOS
+
+
 def _quantized_weight(layer: _Layer, weight: Tensor, rows: _Rows) -> Quantized:
     fmt, method = layer.weight_format, METHODS[layer.config.method]
     global_scale = nvfp4_global_scale(weight.abs().amax()) if fmt.two_level else None
-    ratios = () if not method.search else NVFP4_CLIP_RATIOS if fmt.two_level else WEIGHT_CLIP_RATIOS
+    ratios = _ratios(fmt) if method.search else ()
     if method.compensate:
         moment = rows.moment(fmt.group_size)
         return gptq(weight, moment, fmt, global_scale=global_scale, scale_search=ratios)
