@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pq_fx.calibrate import ObservedGraph
 from pq_fx.config import QuantConfig
 from pq_fx.errors import ConfigError
-from pq_fx.kernels import ops
+from pq_fx.kernels.ops import decompositions
 from pq_fx.modules import quantized_linears
 from pq_fx.passes import _torch, verify
 from pq_fx.passes.lower import lower, quantized_operations
@@ -81,7 +81,7 @@ def _decompositions(example_inputs: Sequence[Any]) -> dict[Any, Compiled] | None
     """On a CPU the operations are taken apart, so that Inductor compiles the reference; elsewhere they are kernels."""
     if any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in example_inputs):
         return None
-    return {**_torch.select_decomp_table(), **ops.decompositions()}
+    return {**_torch.select_decomp_table(), **decompositions()}
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import pq_fx.kernels.ops  # noqa: F401  (registers torch.ops.pq)
 from pq_fx.errors import PQError
-from pq_fx.kernels import devices, ops  # noqa: F401  (importing ops registers torch.ops.pq)
+from pq_fx.kernels import devices
 from pq_fx.kernels.formats import Format
 
 
