@@ -29,7 +29,7 @@ def retrace(gm: fx.GraphModule) -> fx.GraphModule:
 
     The result has the same placeholders in the same order, `meta["val"]` on every node, and the attributes that
     `compile_fx` looks for. Nothing is specialized: symbolic sizes stay symbolic. Raises GraphError when a
-    placeholder has no example value (the graph did not come from Dynamo).
+    placeholder has no example value (the graph did not come from Dynamo), or a value escaped the tracer.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     fakes: list[Any] = []
@@ -43,6 +43,12 @@ def retrace(gm: fx.GraphModule) -> fx.GraphModule:
         fakes.append(value)
     mode = next((v.fake_mode for v in fakes if isinstance(v, _torch.FakeTensor)), None)
     traced = _torch.trace_pre_dispatch(lambda *args: fx.Interpreter(gm).run(*args), fakes, mode)
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(traced, str(node.target), None), _torch.FakeTensor):
+            raise GraphError(
+                f"{node.target} was computed out of the tracer's sight (a write through `.data`, as CogVideoX's "
+                "position embedding does) and would be baked in without its values; this graph is not supported"
+            )
     _copy_placeholder_meta(placeholders, traced)
     traced.meta.update(gm.meta)
     sources = getattr(gm, "_param_name_to_source", None)
