@@ -40,6 +40,7 @@ METHODS = {"rtn": "RTN", "permuquant": "PermuQuant", "permuquant-h": "PermuQuant
 STEPS = 12
 CALIBRATION_IMAGES = 16
 CALIBRATION_STEPS = 8
+CALIBRATION_ROWS = 1024
 # Times at which velocities are compared: from nearly noise to nearly a picture.
 VELOCITY_TIMES = (0.9, 0.6, 0.3, 0.05)
 # Noise of the velocity comparison and of calibration must not be what the pictures start from.
@@ -138,7 +139,7 @@ def run_demo(
                 start = time.perf_counter()
                 what = f"{name} g{GROUP_SIZE} {label}"
                 bar.update(task, description=f"{what}: choosing and packing")
-                config = QuantConfig(name, GROUP_SIZE, method=method, seed=seed)
+                config = _config(name, seed, method)
                 quantized = copy.deepcopy(model)
                 report = prepare(quantized, config, statistics=statistics).convert()
                 drawn = draw(quantized, f"{what}: drawing")
@@ -190,10 +191,16 @@ def run_demo(
     return result
 
 
+def _config(name: str, seed: int, method: str = "permuquant-h") -> QuantConfig:
+    return QuantConfig(
+        name, GROUP_SIZE, method=method, calibration_rows=CALIBRATION_ROWS, seed=seed
+    )
+
+
 def _calibrate(model: nn.Module, seed: int, tick: Callable[[int, int], None]) -> Statistics:
     """Run the float model on the calibration prompts, which share none with the demo's."""
     prompts = load_prompts("calibration").take(CALIBRATION_IMAGES)
-    quantizer = prepare(model, QuantConfig(FORMATS[0], GROUP_SIZE, seed=seed))
+    quantizer = prepare(model, _config(FORMATS[0], seed))
     with quantizer.calibrate():
         sample(model, prompts.embeddings, CALIBRATION_STEPS, seed + _OTHER_NOISE, progress=tick)
     return quantizer.statistics()

@@ -98,9 +98,11 @@ def test_help_is_quick_because_it_imports_no_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_a_small_demo_writes_what_it_promises(tmp_path, capsys):
+def test_a_small_demo_writes_what_it_promises(tmp_path, capsys, monkeypatch):
     """The whole demo on few pictures: files, keys, sizes, and that runs differ as they should."""
-    torch.manual_seed(1)
+    monkeypatch.setattr(demo_run, "CALIBRATION_STEPS", 2)
+    monkeypatch.setattr(demo_run, "CALIBRATION_ROWS", 128)
+    monkeypatch.setattr(demo_run, "VELOCITY_TIMES", (0.5,))
     assert cli.main(["demo", "--out", str(tmp_path), "--images", "2", "--steps", "2"]) == 0
     assert {f.name for f in tmp_path.iterdir()} == {"grid.png", "layers.png", "report.json"}
     for name in ("grid.png", "layers.png"):
