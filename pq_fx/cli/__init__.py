@@ -1,0 +1,59 @@
+"""The command line: ``pq-fx COMMAND``. Each command is a module here with a `register` function.
+
+Exit codes: 0 done, 1 an error nobody foresaw, 2 an error that the user can mend (also argparse's
+own), 130 interrupted. Errors are one paragraph on stderr; ``--debug`` shows the traceback.
+A command is ``run(arguments) -> int | None``; the number is its exit code, None means 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from pq_fx.cli import demo
+from pq_fx.errors import PQError
+
+FORESEEN = (PQError, OSError)
+COMMANDS = (demo,)  # in the order of --help
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        print("pq-fx: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(_paragraph(error), file=sys.stderr)
+        return 2 if isinstance(error, FORESEEN) else 1
+
+
+def _paragraph(error: Exception) -> str:
+    text = f"pq-fx: {error}"
+    if not isinstance(error, FORESEEN):
+        text = f"pq-fx: unexpected {type(error).__name__}: {error}; run with --debug for the trace"
+    return textwrap.fill(" ".join(text.split()), width=100, break_long_words=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pq-fx",
+        description="4-bit and 3-bit weights and activations for diffusion transformers.",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.register(commands)
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"pq-fx {version('pq-fx')}"
