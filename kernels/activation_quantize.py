@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_fx.kernels.formats import Format
+from pq_fx.kernels.launch import launch
 from pq_fx.kernels.reference_ops import ACTIVATIONS, CARRIERS, check_choice
 from pq_fx.kernels.triton_common import (
     as_rows,
@@ -206,7 +207,7 @@ def act_quantize(
     gates = rows if gate is None else as_rows(gate, "gate")
     length = padded_length(x.shape[-1])
     with on_device_of(x):
-        _act_quantize_kernel[(rows.count,)](
+        launch(_act_quantize_kernel)[(rows.count,)](
             rows.tensor,
             gates.tensor,
             x if perm is None else perm,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_fx.kernels.formats import Format
+from pq_fx.kernels.launch import launch
 from pq_fx.kernels.reference_ops import check_weight
 from pq_fx.kernels.triton_common import (
     _ROW_SCALE_FLOOR,
@@ -138,7 +139,7 @@ def _launch(
         return
     length = padded_length(channels)
     with on_device_of(weight):
-        _decode_kernel[(weight.shape[0],)](
+        launch(_decode_kernel)[(weight.shape[0],)](
             weight,
             storage_bytes(scale),
             weight if global_scale is None else global_scale,
@@ -188,5 +189,5 @@ def decode_float(
 ) -> Tensor:
     """Packed weight to its dequantized values [N, K], fp32 products rounded to `dtype`."""
     out = torch.empty((weight.shape[0], channels), dtype=dtype, device=weight.device)
-    _launch(weight, scale, global_scale, fmt, channels, out, out, False)
+    _launch(weight, scale, global_scale, fmt, channels, out, scale, False)
     return out

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pq_fx.kernels.decode import check_packed
 from pq_fx.kernels.formats import Format
+from pq_fx.kernels.launch import launch
 from pq_fx.kernels.triton_common import (
     INTERPRETED,
     code_value,
@@ -150,7 +151,7 @@ def dequantizing_gemm(
         dot = tl.float32
     few = count <= 16
     with on_device_of(a):
-        _dequantizing_gemm_kernel[
+        launch(_dequantizing_gemm_kernel)[
             (triton.cdiv(columns, 32 if few else 64), triton.cdiv(count, 16 if few else 64))
         ](
             a,

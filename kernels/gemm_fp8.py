@@ -17,6 +17,7 @@ from pq_fx.errors import UnsupportedDeviceError
 from pq_fx.kernels.decode import decode_e4m3
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.gemm_codes import dequantizing_gemm
+from pq_fx.kernels.launch import launch
 from pq_fx.kernels.triton_common import (
     INTERPRETED,
     KernelError,
@@ -96,7 +97,7 @@ def fp8_gemm(
     native = native_fp8(a.device)
     block_m, block_n = (64, 64) if count <= 64 or INTERPRETED else (128, 128)
     with on_device_of(a):
-        _fp8_gemm_kernel[(triton.cdiv(count, block_m) * triton.cdiv(columns, block_n),)](
+        launch(_fp8_gemm_kernel)[(triton.cdiv(count, block_m) * triton.cdiv(columns, block_n),)](
             a if native else a.view(torch.uint8),
             a_scale,
             b if native else b.view(torch.uint8),

@@ -18,6 +18,7 @@ from torch import Tensor
 from pq_fx.kernels.decode import check_packed, decode_float
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.gemm_codes import dequantizing_gemm
+from pq_fx.kernels.launch import launch
 from pq_fx.kernels.triton_common import (
     code_value,
     load_code,
@@ -127,7 +128,7 @@ def gemv(
         return out
     block_k = min(block_k, max(triton.next_power_of_2(channels), fmt.group_size, 32))
     with on_device_of(x):
-        _gemv_kernel[(triton.cdiv(columns, block_n), count)](
+        launch(_gemv_kernel)[(triton.cdiv(columns, block_n), count)](
             x,
             weight,
             storage_bytes(weight_scale),

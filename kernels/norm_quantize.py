@@ -22,6 +22,7 @@ from pq_fx.kernels.activation_quantize import (
     quantized_outputs,
 )
 from pq_fx.kernels.formats import Format
+from pq_fx.kernels.launch import launch
 from pq_fx.kernels.reference_ops import CARRIERS, NORMS, check_choice
 from pq_fx.kernels.triton_common import (
     as_rows,
@@ -235,7 +236,7 @@ def norm_quantize(
     shifts = _modulation(mod_shift, x, "mod_shift")
     length = padded_length(x.shape[-1])
     with on_device_of(x):
-        _norm_quantize_kernel[(rows.count,)](
+        launch(_norm_quantize_kernel)[(rows.count,)](
             rows.tensor,
             _vector(weight, x, "weight"),
             _vector(bias, x, "bias"),

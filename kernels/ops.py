@@ -53,6 +53,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {getattr(torch.ops.pq, name).default: fn for name, fn in _REFERENCE.items()}
 
 
+def launchers() -> dict[Any, Callable[..., Any]]:
+    """Every op with its launcher on CUDA, {OpOverload: function}; Triton is imported when called."""
+    return {getattr(torch.ops.pq, name).default: _triton_launcher(name) for name in _TRITON}
+
+
 def _quantized_fake(x: Tensor, key: str, carrier: str) -> tuple[Tensor, Tensor]:
     """Shapes of a quantize op: leading axes kept, nothing asked of a symbolic size."""
     reference_ops.check_choice("carrier", carrier, reference_ops.CARRIERS)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pq_fx.errors import FormatError, PQError
 from pq_fx.kernels.formats import Format
+from pq_fx.kernels.launch import recording
 from pq_fx.kernels.reference import E4M3_MAX, E4M3_TINY, ROW_SCALE_FLOOR, SCALE_FLOOR
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -53,7 +54,9 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
         x.device.type == "cuda" or INTERPRETED,
         f"a Triton kernel got a tensor on {x.device}; it needs CUDA (or TRITON_INTERPRET=1)",
     )
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+    if recording() or x.device.type != "cuda":
+        return nullcontext()
+    if x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device_of(x)
 

@@ -27,6 +27,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "compile_fx",
+    "decompose_when_functional",
     "detect_fake_mode",
     "dim_expr",
     "dynamo_root",
@@ -70,6 +71,26 @@ def trace_pre_dispatch(
             return traced(*inputs)
         with mode:
             return traced(*inputs)
+
+
+def decompose_when_functional(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
+    """Replace `op` by what `function` does with its arguments wherever AOTAutograd makes a graph functional.
+
+    Kernels that write to tensors may be recorded there (`torch.library.wrap_triton`). `function` returns
+    NotImplemented where the op is to stay. `torch.export` keeps every op, as it does for `torch.library.triton_op`.
+    """
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+    def rule(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if not custom_triton_ops_decomposition_disabled():
+            with mode:
+                result = function(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+
+    torch.library.register_torch_dispatch(op, FunctionalTensorMode, rule)
 
 
 def dynamo_root() -> torch.nn.Module | None:

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pq_fx import inductor
 from pq_fx.calibrate import ObservedGraph
 from pq_fx.config import QuantConfig
 from pq_fx.errors import ConfigError
@@ -42,10 +43,10 @@ def permuquant(
     `options` may hold any field of QuantConfig or `preset`, and `calibration_steps` (how many calls calibrate a float
     model); all others, and `mode`, go to Inductor. Raises ConfigError for a float model without `calibration_steps`.
     """
-    settings, inductor = _split(options or {})
+    settings, rest = _split(options or {})
     root = _torch.dynamo_root()
     if _is_quantized(gm, root):
-        return compile_quantized(gm, example_inputs, mode=mode, options=inductor)
+        return compile_quantized(gm, example_inputs, mode=mode, options=rest)
     if root is None or STEPS not in settings:
         raise ConfigError(
             "this model is not quantized. Quantize it first (pq_fx.prepare, calibrate, convert; or pq_fx.load), or let "
@@ -67,12 +68,14 @@ def compile_quantized(
     counts = lower(traced)
     verify.verify_graph(traced)
     log.info("lowered: %s; %s", counts, quantized_operations(traced))
-    patches = dict(_torch.list_mode_options(mode)) if mode and mode != "default" else {}
+    patches = dict(inductor.PATCHES)
+    if mode and mode != "default":
+        patches.update(_torch.list_mode_options(mode))
     patches.update(options or {})
     return _torch.compile_fx(
         traced,
         list(example_inputs),
-        config_patches=patches or None,
+        config_patches=patches,
         decompositions=_decompositions(example_inputs),
     )
 
