@@ -40,12 +40,12 @@ def variants(key: str, rows: int, channels: int) -> dict[str, float]:
         ("reorder on chip + rotate", perm, group, True),
         ("reorder by loads + rotate", perm, group, False),
     ):
-        tail = (p, glob, key, rotation, "e4m3")
+        tail = (p, glob, None, key, rotation, "e4m3")
         norms = [
             partial(norm_quantize, x, "layer", None, None, 1e-6, scale, shift, *tail, on_chip=chip)
             for x in xs
         ]
-        acts = [partial(act_quantize, x, None, "gelu_tanh", *tail, on_chip=chip) for x in xs]
+        acts = [partial(act_quantize, x, None, "gelu_tanh", None, *tail, on_chip=chip) for x in xs]
         times[f"norm {label}"] = device_microseconds(norms)
         times[f"gelu {label}"] = device_microseconds(acts)
         if label == "plain":

@@ -146,7 +146,8 @@ def quantize_cases(key: str, small: bool, device: str) -> Iterator[dict[str, Any
                 x = torch.cat([x, x], dim=-1)[:, channels:]
             perm = random_perm(channels) if permute else None
             rotation = (fmt.group_size or 64) if rotate else 0
-            args = (x, perm, activation_global(x, fmt), key, rotation, carrier)
+            clip = torch.tensor(0.8) if rows in (3, 37) else None
+            args = (x, perm, activation_global(x, fmt), clip, key, rotation, carrier)
             case = f"quantize {key} {carrier} {rows}x{channels} {dtype} p{permute:d} r{rotation}"
             yield check_quantized(case, "quantize", args, device, 0.0)
 
@@ -161,7 +162,12 @@ def act_cases(key: str, small: bool, device: str) -> Iterator[dict[str, Any]]:
         x, gate = both.chunk(2, dim=-1)
         perm = random_perm(channels) if permute else None
         rotation = (fmt.group_size or 64) if permute else 0
-        args = (x, gate if gated else None, act, perm, activation_global(x, fmt), key, rotation)
+        before = None
+        if gated == permute:  # rows joined on chip from two tensors
+            before = random_rows(2, rows, channels // 2, dtype=torch.bfloat16)
+            x, gate = x[..., channels // 2 :], gate[..., channels // 2 :]
+        glob = activation_global(x, fmt)
+        args = (x, gate if gated else None, act, before, perm, glob, None, key, rotation)
         exact = act in ("none", "relu")
         case = f"act_quantize {key} {act} gate{gated:d} p{permute:d} r{rotation}"
         yield check_quantized(
@@ -185,7 +191,22 @@ def norm_cases(key: str, small: bool, device: str) -> Iterator[dict[str, Any]]:
         perm = random_perm(channels) if permute else None
         rotation = (fmt.group_size or 64) if permute else 0
         glob = torch.tensor(0.004) if fmt.two_level else None
-        args = (x, norm, weight, bias, 1e-6, scale, mods[0], perm, glob, key, rotation, carrier)
+        clip = torch.tensor(0.7) if permute else None
+        args = (
+            x,
+            norm,
+            weight,
+            bias,
+            1e-6,
+            scale,
+            mods[0],
+            perm,
+            glob,
+            clip,
+            key,
+            rotation,
+            carrier,
+        )
         case = f"norm_quantize {key} {norm} {carrier} p{permute:d} r{rotation}"
         yield check_quantized(case, "norm_quantize", args, device, BOUNDS.FLIPPED_CODES)
 
@@ -237,7 +258,7 @@ def linear_cases(key: str, small: bool, device: str) -> Iterator[dict[str, Any]]
             act = Format.parse(activation)
             x = random_rows(2, m, k, dtype=torch.bfloat16)
             glob = activation_global(x, act)
-            data, scale = reference_ops.quantize(x, None, glob, activation, 0, carrier)
+            data, scale = reference_ops.quantize(x, None, glob, None, activation, 0, carrier)
             bias = torch.randn(n).to(dtype) if m != 7 else None
             args = (data, scale, glob, activation, weight, weight_scale, weight_global, key, bias)
             case = f"linear {activation} x {key} {carrier} {2 * m}x{n}x{k} {dtype}"

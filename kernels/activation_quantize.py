@@ -54,8 +54,10 @@ def activation(x, ACT: tl.constexpr):
 def _act_quantize_kernel(
     x_ptr,
     gate_ptr,
+    before_ptr,
     perm_ptr,
     global_ptr,
+    clip_ptr,
     data_ptr,
     scale_ptr,
     CHANNELS,
@@ -65,11 +67,17 @@ def _act_quantize_kernel(
     gate_inner,
     gate_outer_stride,
     gate_stride,
+    before_inner,
+    before_outer_stride,
+    before_stride,
+    BEFORE,
     scale_stride,
     ACT: tl.constexpr,
     HAS_GATE: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
     HAS_PERM: tl.constexpr,
     HAS_GLOBAL: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
     ON_CHIP: tl.constexpr,
     LENGTH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -82,7 +90,10 @@ def _act_quantize_kernel(
     CARRIER: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
-    """x, gate [M, K], strided rows; data uint8 [M, K]; scale [M, K / GROUP] or fp32 [M, 1]."""
+    """x, gate [M, K - BEFORE], before [M, BEFORE], strided rows, K = CHANNELS.
+
+    data uint8 [M, K]; scale [M, K / GROUP] or fp32 [M, 1].
+    """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += (row // x_inner) * x_outer_stride + (row % x_inner) * x_stride
     gate_ptr += (row // gate_inner) * gate_outer_stride + (row % gate_inner) * gate_stride
@@ -93,10 +104,20 @@ def _act_quantize_kernel(
         source = tl.load(perm_ptr + offsets, mask=mask, other=0)
         source = tl.where(mask, source, offsets)
     read = offsets if ON_CHIP else source
-    x = tl.load(x_ptr + read, mask=mask, other=0.0).to(tl.float32)
+    own = mask
+    if HAS_BEFORE:
+        own = mask & (read >= BEFORE)
+        before_ptr += (row // before_inner) * before_outer_stride
+        before_ptr += (row % before_inner) * before_stride
+        first = tl.load(before_ptr + read, mask=read < BEFORE, other=0.0).to(tl.float32)
+        x_ptr -= BEFORE
+        gate_ptr -= BEFORE
+    x = tl.load(x_ptr + read, mask=own, other=0.0).to(tl.float32)
     y = activation(x, ACT)
     if HAS_GATE:
-        y = y * tl.load(gate_ptr + read, mask=mask, other=0.0).to(tl.float32)
+        y = y * tl.load(gate_ptr + read, mask=own, other=0.0).to(tl.float32)
+    if HAS_BEFORE:
+        y = tl.where(read < BEFORE, first, y)
     if HAS_PERM and ON_CHIP:
         y = tl.gather(y, source, 0)
     global_scale = 1.0
@@ -107,7 +128,9 @@ def _act_quantize_kernel(
         data_ptr + row * CHANNELS,
         scale_ptr + row * scale_stride,
         global_scale,
+        clip_ptr,
         CHANNELS,
+        HAS_CLIP,
         LENGTH,
         GROUP,
         ROTATION,
@@ -121,16 +144,16 @@ def _act_quantize_kernel(
     )
 
 
-def quantized_outputs(x: Tensor, fmt: Format, carrier: str) -> tuple[Tensor, Tensor]:
-    """Empty (data, scale) of a quantize op on x [..., K], in the carrier's dtypes and shapes."""
-    lead, channels = x.shape[:-1], x.shape[-1]
+def quantized_outputs(x: Tensor, channels: int, fmt: Format, carrier: str) -> tuple[Tensor, Tensor]:
+    """Empty (data, scale) of a quantize op: x's leading axes, K = `channels`, as the carrier has it."""
+    lead = x.shape[:-1]
     if carrier == "e4m3":
         return (
-            torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
+            torch.empty((*lead, channels), dtype=torch.float8_e4m3fn, device=x.device),
             torch.empty((*lead, 1), dtype=torch.float32, device=x.device),
         )
     return (
-        torch.empty(x.shape, dtype=torch.uint8, device=x.device),
+        torch.empty((*lead, channels), dtype=torch.uint8, device=x.device),
         torch.empty((*lead, fmt.groups(channels)), dtype=scale_dtype(fmt), device=x.device),
     )
 
@@ -151,10 +174,15 @@ def format_constants(fmt: Format, length: int, rotation: int, carrier: str) -> d
 
 
 def check_quantize(
-    x: Tensor, perm: Tensor | None, global_scale: Tensor | None, fmt: Format, rotation: int
+    x: Tensor,
+    channels: int,
+    perm: Tensor | None,
+    global_scale: Tensor | None,
+    clip: Tensor | None,
+    fmt: Format,
+    rotation: int,
 ) -> None:
-    """Raise KernelError or FormatError unless x fits format, rotation and permutation."""
-    channels = x.shape[-1]
+    """Raise KernelError or FormatError unless rows of K = `channels` made of x can be quantized."""
     fmt.check_channels(channels)
     check_rotation(rotation, channels)
     check_perm(perm, channels, x.device)
@@ -168,21 +196,29 @@ def check_quantize(
             f"a global scale is one number and only for nvfp4; got shape "
             f"{tuple(global_scale.shape)} for {fmt.key}",
         )
+    if clip is not None:
+        require(
+            clip.dtype == torch.float32 and clip.numel() == 1 and clip.device == x.device,
+            f"clip must be one float32 number on {x.device}; got {clip.dtype} "
+            f"{tuple(clip.shape)} on {clip.device}",
+        )
 
 
 def act_quantize(
     x: Tensor,
     gate: Tensor | None,
     act: str,
+    before: Tensor | None,
     perm: Tensor | None,
     global_scale: Tensor | None,
+    clip: Tensor | None,
     format: str,
     rotation: int,
     carrier: str,
     *,
     on_chip: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch ``act(x) * gate``, gather, rotate, quantize (see `reference_ops.act_quantize`).
+    """Launch ``cat([before, act(x) * gate])``, gather, rotate, quantize (see `reference_ops.act_quantize`).
 
     on_chip: gather with `tl.gather` instead of gathered loads (None: loads). Rows may be strided.
 
@@ -193,39 +229,55 @@ def act_quantize(
     check_choice("act", act, ACTIVATIONS)
     check_choice("carrier", carrier, CARRIERS)
     fmt = Format.parse(format)
-    check_quantize(x, perm, global_scale, fmt, rotation)
+    channels = x.shape[-1] + (0 if before is None else before.shape[-1])
+    check_quantize(x, channels, perm, global_scale, clip, fmt, rotation)
+    if before is not None:
+        require(
+            before.shape[:-1] == x.shape[:-1] and before.device == x.device,
+            f"before {tuple(before.shape)} on {before.device} must match x {tuple(x.shape)} on "
+            f"{x.device} but for its last axis",
+        )
     if gate is not None:
         require(
             gate.shape == x.shape and gate.device == x.device,
             f"gate {tuple(gate.shape)} on {gate.device} must match "
             f"x {tuple(x.shape)} on {x.device}",
         )
-    data, scale = quantized_outputs(x, fmt, carrier)
-    if x.numel() == 0:
+    data, scale = quantized_outputs(x, channels, fmt, carrier)
+    if data.numel() == 0:
         return data, scale
     rows = as_rows(x, "x")
     gates = rows if gate is None else as_rows(gate, "gate")
-    length = padded_length(x.shape[-1])
+    firsts = rows if before is None else as_rows(before, "before")
+    length = padded_length(channels)
     with on_device_of(x):
         launch(_act_quantize_kernel)[(rows.count,)](
             rows.tensor,
             gates.tensor,
+            firsts.tensor,
             x if perm is None else perm,
             x if global_scale is None else global_scale,
+            x if clip is None else clip,
             data.view(torch.uint8),
             storage_bytes(scale),
-            x.shape[-1],
+            channels,
             rows.inner,
             rows.outer_stride,
             rows.stride,
             gates.inner,
             gates.outer_stride,
             gates.stride,
+            firsts.inner,
+            firsts.outer_stride,
+            firsts.stride,
+            0 if before is None else before.shape[-1],
             scale.shape[-1],
             ACT=act,
             HAS_GATE=gate is not None,
+            HAS_BEFORE=before is not None,
             HAS_PERM=perm is not None,
             HAS_GLOBAL=global_scale is not None,
+            HAS_CLIP=clip is not None,
             ON_CHIP=bool(on_chip),
             NATIVE_FP8=native_fp8(x.device),
             num_warps=row_warps(length),
@@ -239,6 +291,7 @@ def quantize(
     x: Tensor,
     perm: Tensor | None,
     global_scale: Tensor | None,
+    clip: Tensor | None,
     format: str,
     rotation: int,
     carrier: str,
@@ -247,5 +300,5 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Launch gather, rotate, quantize; arguments and errors as `reference_ops.quantize`."""
     return act_quantize(
-        x, None, "none", perm, global_scale, format, rotation, carrier, on_chip=on_chip
+        x, None, "none", None, perm, global_scale, clip, format, rotation, carrier, on_chip=on_chip
     )

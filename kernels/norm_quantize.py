@@ -71,6 +71,7 @@ def _norm_quantize_kernel(
     mod_shift_ptr,
     perm_ptr,
     global_ptr,
+    clip_ptr,
     data_ptr,
     scale_ptr,
     CHANNELS,
@@ -89,6 +90,7 @@ def _norm_quantize_kernel(
     HAS_SHIFT: tl.constexpr,
     HAS_PERM: tl.constexpr,
     HAS_GLOBAL: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
     ON_CHIP: tl.constexpr,
     LENGTH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -148,7 +150,9 @@ def _norm_quantize_kernel(
         data_ptr + row * CHANNELS,
         scale_ptr + row * scale_stride,
         global_scale,
+        clip_ptr,
         CHANNELS,
+        HAS_CLIP,
         LENGTH,
         GROUP,
         ROTATION,
@@ -210,6 +214,7 @@ def norm_quantize(
     mod_shift: Tensor | None,
     perm: Tensor | None,
     global_scale: Tensor | None,
+    clip: Tensor | None,
     format: str,
     rotation: int,
     carrier: str,
@@ -227,8 +232,8 @@ def norm_quantize(
     check_choice("norm", norm, NORMS)
     check_choice("carrier", carrier, CARRIERS)
     fmt = Format.parse(format)
-    check_quantize(x, perm, global_scale, fmt, rotation)
-    data, scale = quantized_outputs(x, fmt, carrier)
+    check_quantize(x, x.shape[-1], perm, global_scale, clip, fmt, rotation)
+    data, scale = quantized_outputs(x, x.shape[-1], fmt, carrier)
     if x.numel() == 0:
         return data, scale
     rows = as_rows(x, "x")
@@ -244,6 +249,7 @@ def norm_quantize(
             shifts.tensor,
             x if perm is None else perm,
             x if global_scale is None else global_scale,
+            x if clip is None else clip,
             data.view(torch.uint8),
             storage_bytes(scale),
             x.shape[-1],
@@ -262,6 +268,7 @@ def norm_quantize(
             HAS_SHIFT=mod_shift is not None,
             HAS_PERM=perm is not None,
             HAS_GLOBAL=global_scale is not None,
+            HAS_CLIP=clip is not None,
             ON_CHIP=on_chip is None or on_chip,
             NATIVE_FP8=native_fp8(x.device),
             num_warps=row_warps(length),

@@ -20,13 +20,13 @@ from pq_fx.errors import PQError, UnsupportedDeviceError
 from pq_fx.kernels import reference_ops
 from pq_fx.kernels.formats import Format
 
-_TAIL = "Tensor? perm, Tensor? global_scale, str format, int rotation, str carrier"
+_TAIL = "Tensor? perm, Tensor? global_scale, Tensor? clip, str format, int rotation, str carrier"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor? weight_global_scale, str weight_format"
 _SCHEMAS = {
     "quantize": f"(Tensor x, {_TAIL}) -> (Tensor, Tensor)",
     "norm_quantize": "(Tensor x, str norm, Tensor? weight, Tensor? bias, float eps, "
     f"Tensor? mod_scale, Tensor? mod_shift, {_TAIL}) -> (Tensor, Tensor)",
-    "act_quantize": f"(Tensor x, Tensor? gate, str act, {_TAIL}) -> (Tensor, Tensor)",
+    "act_quantize": f"(Tensor x, Tensor? gate, str act, Tensor? before, {_TAIL}) -> (Tensor, Tensor)",
     "linear": "(Tensor data, Tensor scale, Tensor? global_scale, str format, "
     f"{_WEIGHT}, Tensor? bias, ScalarType dtype) -> Tensor",
     "linear_weight_only": f"(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor",
@@ -58,20 +58,20 @@ def launchers() -> dict[Any, Callable[..., Any]]:
     return {getattr(torch.ops.pq, name).default: _triton_launcher(name) for name in _TRITON}
 
 
-def _quantized_fake(x: Tensor, key: str, carrier: str) -> tuple[Tensor, Tensor]:
-    """Shapes of a quantize op: leading axes kept, nothing asked of a symbolic size."""
+def _quantized_fake(x: Tensor, key: str, carrier: str, more: int = 0) -> tuple[Tensor, Tensor]:
+    """Shapes of a quantize op on x [..., K - more]: nothing is asked of a symbolic size."""
     reference_ops.check_choice("carrier", carrier, reference_ops.CARRIERS)
     fmt = Format.parse(key)
-    channels = x.shape[-1]
+    channels = x.shape[-1] + more
     if isinstance(channels, int):
         fmt.check_channels(channels)
     if carrier == "e4m3":
         return (
-            x.new_empty(x.shape, dtype=torch.float8_e4m3fn),
+            x.new_empty((*x.shape[:-1], channels), dtype=torch.float8_e4m3fn),
             x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
         )
     return (
-        x.new_empty(x.shape, dtype=torch.uint8),
+        x.new_empty((*x.shape[:-1], channels), dtype=torch.uint8),
         x.new_empty((*x.shape[:-1], fmt.groups(channels)), dtype=fmt.scale_dtype),
     )
 
@@ -86,10 +86,10 @@ def _norm_quantize_fake(x: Tensor, norm: str, *rest: Any) -> tuple[Tensor, Tenso
 
 
 def _act_quantize_fake(
-    x: Tensor, gate: Tensor | None, act: str, *rest: Any
+    x: Tensor, gate: Tensor | None, act: str, before: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     reference_ops.check_choice("act", act, reference_ops.ACTIVATIONS)
-    return _quantized_fake(x, rest[-3], rest[-1])
+    return _quantized_fake(x, rest[-3], rest[-1], 0 if before is None else before.shape[-1])
 
 
 def _linear_fake(

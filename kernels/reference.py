@@ -91,6 +91,7 @@ def quantize(
     *,
     global_scale: Tensor | None = None,
     scale_search: Sequence[float] = (),
+    clip: Tensor | None = None,
 ) -> Quantized:
     """Quantize the last axis of `x` [..., K] by groups.
 
@@ -100,6 +101,7 @@ def quantize(
         global_scale: fp32 [], nvfp4 only: two-level scaling (`nvfp4_global_scale`).
         scale_search: ratios; the scale is computed from ratio * amax for each, and per group the
             one with the least squared error is kept, the first of equals. Empty: ratio 1 alone.
+        clip: fp32 [], multiplies every group's amax; elements beyond saturate. None = 1.
 
     Raises:
         FormatError: K is not a multiple of the group, or a global scale for another format.
@@ -110,6 +112,8 @@ def quantize(
         raise FormatError(f"{fmt.key} has no global scale; only nvfp4 has two-level scaling")
     groups = x.float().unflatten(-1, (fmt.groups(channels), fmt.group_size or channels))
     amax = groups.abs().amax(dim=-1, keepdim=True)
+    if clip is not None:
+        amax = amax * clip.float()
     if len(scale_search) == 0:
         scale = _group_scale(groups, amax, fmt, global_scale)
         codes = _encode(groups, scale, fmt, global_scale)
@@ -130,9 +134,10 @@ def fake_quantize(
     *,
     global_scale: Tensor | None = None,
     scale_search: Sequence[float] = (),
+    clip: Tensor | None = None,
 ) -> Tensor:
     """Quantize and dequantize: `x` as its format represents it, in x's dtype."""
-    q = quantize(x, fmt, global_scale=global_scale, scale_search=scale_search)
+    q = quantize(x, fmt, global_scale=global_scale, scale_search=scale_search, clip=clip)
     return dequantize(q, fmt, x.dtype)
 
 

@@ -33,6 +33,7 @@ def quantize(
     x: Tensor,
     perm: Tensor | None,
     global_scale: Tensor | None,
+    clip: Tensor | None,
     format: str,
     rotation: int,
     carrier: str,
@@ -43,6 +44,8 @@ def quantize(
         x: float [..., K].
         perm: int32 or int64 [K] or None.
         global_scale: fp32 [], nvfp4 only, or None.
+        clip: fp32 [], a ratio: scales are computed from clip * amax of their group, and elements
+            beyond saturate. None = 1.
         format: a format key.
         rotation: block-Hadamard size in channels, 0 = none.
         carrier: "codes" gives uint8 code points [..., K] and stored scales [..., K / g];
@@ -55,7 +58,8 @@ def quantize(
     check_choice("carrier", carrier, CARRIERS)
     fmt = Format.parse(format)
     fmt.check_channels(x.shape[-1])
-    q = quantize_groups(permute_rotate(x.float(), perm, rotation), fmt, global_scale=global_scale)
+    y = permute_rotate(x.float(), perm, rotation)
+    q = quantize_groups(y, fmt, global_scale=global_scale, clip=clip)
     return e4m3_operand(q, fmt) if carrier == "e4m3" else (q.codes, q.scale)
 
 
@@ -69,6 +73,7 @@ def norm_quantize(
     mod_shift: Tensor | None,
     perm: Tensor | None,
     global_scale: Tensor | None,
+    clip: Tensor | None,
     format: str,
     rotation: int,
     carrier: str,
@@ -97,20 +102,28 @@ def norm_quantize(
         y = y * (_per_token(mod_scale, x).float() + 1.0)
     if mod_shift is not None:
         y = y + _per_token(mod_shift, x).float()
-    return quantize(y, perm, global_scale, format, rotation, carrier)
+    return quantize(y, perm, global_scale, clip, format, rotation, carrier)
 
 
 def act_quantize(
     x: Tensor,
     gate: Tensor | None,
     act: str,
+    before: Tensor | None,
     perm: Tensor | None,
     global_scale: Tensor | None,
+    clip: Tensor | None,
     format: str,
     rotation: int,
     carrier: str,
 ) -> tuple[Tensor, Tensor]:
-    """``act(x) * gate`` in fp32 (gate shaped like x, or None), then `quantize`.
+    """``cat([before, act(x) * gate], -1)`` in fp32, then `quantize` of that whole row.
+
+    Args:
+        x: float [..., K - B], B the channels of `before`.
+        gate: shaped like x, or None.
+        before: float [..., B], leading axes as x, or None (B = 0): channels that come first, as in
+            transformer blocks whose last linear reads attention and MLP at once.
 
     Raises:
         ConfigError: unknown activation function or carrier.
@@ -128,7 +141,9 @@ def act_quantize(
         y = F.relu(y)
     if gate is not None:
         y = y * gate.float()
-    return quantize(y, perm, global_scale, format, rotation, carrier)
+    if before is not None:
+        y = torch.cat([before.float(), y], dim=-1)
+    return quantize(y, perm, global_scale, clip, format, rotation, carrier)
 
 
 def linear(

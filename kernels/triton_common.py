@@ -351,7 +351,13 @@ def group_scales(
 
 @triton.jit
 def round_elements(
-    groups, divisor, inverse, ELEMENT: tl.constexpr, SCALE: tl.constexpr, TOP: tl.constexpr
+    groups,
+    divisor,
+    inverse,
+    ELEMENT: tl.constexpr,
+    SCALE: tl.constexpr,
+    TOP: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
 ):
     """Element values (fp32, before their scale) that groups [G, g] are rounded to."""
     if SCALE == "e4m3" or SCALE == "e8m0" or SCALE == "pow2":
@@ -365,7 +371,7 @@ def round_elements(
         magnitude = tl.abs(round_float_lattice(clamp_symmetric(scaled, TOP), -6, 3))
         # The sign of the input: the division's last multiply-add turns -0 into +0.
         return float_of(bits_of(magnitude) | (bits_of(groups) & -2147483648))
-    elif SCALE == "pow2":
+    elif SCALE == "pow2" or HAS_CLIP:
         return clamp_symmetric(round_integer(scaled), TOP)
     else:
         # amax / scale is at most TOP * (1 + 2^-8), which rounds to TOP: no clamp.
@@ -396,7 +402,9 @@ def quantize_row_store(
     data_ptr,
     scale_ptr,
     global_scale,
+    clip_ptr,
     CHANNELS,
+    HAS_CLIP: tl.constexpr,
     LENGTH: tl.constexpr,
     GROUP: tl.constexpr,
     ROTATION: tl.constexpr,
@@ -419,8 +427,10 @@ def quantize_row_store(
     # As integers: the magnitude's order is kept, and NaN is larger than everything, so it
     # propagates.
     amax = float_of(tl.max(bits_of(groups) & 0x7FFFFFFF, axis=1))
+    if HAS_CLIP:
+        amax = amax * tl.load(clip_ptr)
     stored, divisor, inverse, value = group_scales(groups, amax, global_scale, ELEMENT, SCALE, TOP)
-    elements = round_elements(groups, divisor, inverse, ELEMENT, SCALE, TOP)
+    elements = round_elements(groups, divisor, inverse, ELEMENT, SCALE, TOP, HAS_CLIP)
     index = tl.arange(0, LENGTH // GROUP)
     # Not a reshape of one range: the compiler must see that neighbors are contiguous.
     offsets = index[:, None] * GROUP + tl.arange(0, GROUP)[None, :]

@@ -202,10 +202,14 @@ def _rewrite_point(
                     gm, f"pq_{name}_input_scale", _tensor_scale(room, activation, GLOBAL_SCALE_ROOM)
                 )
                 order = _buffer(gm, f"pq_{name}_perm", perm)
+                clip = None
+                if own.clip != 1.0:
+                    clip = _buffer(gm, f"pq_{name}_clip", torch.tensor(own.clip))
                 arguments = (
                     node.args[0],
                     order,
                     global_scale,
+                    clip,
                     activation.key,
                     own.rotation,
                     carrier,

@@ -121,7 +121,7 @@ def fuse_act(graph: fx.Graph) -> int:
             continue
         with graph.inserting_before(node):
             new = graph.call_function(
-                pq.act_quantize.default, (match.x, match.gate, match.act, *node.args[1:])
+                pq.act_quantize.default, (match.x, match.gate, match.act, None, *node.args[1:])
             )
         _replace(graph, node, new)
         fused += 1

@@ -297,6 +297,7 @@ def _build(
                 made.rotation,
                 tensor(f"{shared}.perm"),
                 tensor(f"{shared}.global_scale"),
+                tensor(f"{shared}.clip"),
             )
         weight, scale = tensor(f"{fqn}.weight"), tensor(f"{fqn}.weight_scale")
         assert weight is not None and scale is not None

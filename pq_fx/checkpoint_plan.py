@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class QuantizerEntry:
     rotation: int
     perm: bool
     global_scale: bool
+    clip: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Plan:
                     quantizer.rotation,
                     quantizer.perm is not None,
                     quantizer.global_scale is not None,
+                    quantizer.clip is not None,
                 )
             layers[fqn] = LayerEntry(
                 linear.in_features,
@@ -162,6 +164,8 @@ class Plan:
                 result[f"{name}.perm"] = torch.int32, (quantizer.channels,)
             if quantizer.global_scale:
                 result[f"{name}.global_scale"] = torch.float32, ()
+            if quantizer.clip:
+                result[f"{name}.clip"] = torch.float32, ()
         return result
 
     def check_tensors(self, tensors: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> None:
@@ -195,6 +199,7 @@ class Plan:
             _check_scale(f"{fqn}.weight_global_scale", tensors, "fp32")
         for name, quantizer in self.quantizers.items():
             _check_scale(f"{name}.global_scale", tensors, "fp32")
+            _check_clip(f"{name}.clip", tensors)
             if quantizer.perm:
                 _check_bijection(f"{name}.perm", tensors[f"{name}.perm"])
 
@@ -203,10 +208,11 @@ def _entries(kind: type, plain: Any, what: str) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise CheckpointError(f"the checkpoint's config.json has no table {what!r}")
     types = {f.name: f.type for f in fields(kind)}
+    needed = {f.name for f in fields(kind) if f.default is MISSING}
     checks = {"int": int, "str": str, "bool": bool, "str | None": str | None}
     result = {}
     for name, row in plain.items():
-        if not isinstance(row, dict) or set(row) != set(types):
+        if not isinstance(row, dict) or not needed <= set(row) <= set(types):
             raise CheckpointError(
                 f"{what}[{name!r}] in config.json has the fields {sorted(row)}; "
                 f"expected {sorted(types)}"
@@ -235,6 +241,12 @@ def _check_scale(name: str, tensors: Mapping[str, Tensor], kind: str) -> None:
     finite = value.view(torch.uint8) != 255 if kind == "e8m0" else value.float().isfinite()
     if not bool(finite.all()):
         raise CheckpointError(f"{name} holds scales that are not finite: the file is damaged")
+
+
+def _check_clip(name: str, tensors: Mapping[str, Tensor]) -> None:
+    value = tensors.get(name)
+    if value is not None and not (bool(value.isfinite()) and float(value) > 0.0):
+        raise CheckpointError(f"{name} is {float(value)}; a clip ratio is a number above 0")
 
 
 def _check_bijection(name: str, perm: Tensor) -> None:

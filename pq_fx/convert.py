@@ -321,7 +321,8 @@ def _input_quantizer(
     if fmt.two_level:
         amax = permute_rotate(sample.float(), perm, own.rotation).abs().amax()
         scale = nvfp4_global_scale(amax * GLOBAL_SCALE_ROOM)
-    return ActivationQuantizer(point.channels, fmt.key, own.rotation, perm, scale)
+    clip = None if own.clip == 1.0 else torch.tensor(own.clip, device=sample.device)
+    return ActivationQuantizer(point.channels, fmt.key, own.rotation, perm, scale, clip)
 
 
 class _Rows:
@@ -336,7 +337,9 @@ class _Rows:
         self.seen = permute_rotate(self.plain, self.perm, self.rotation)
         if quantizer is not None:
             fmt = Format.parse(quantizer.format)
-            self.seen = fake_quantize(self.seen, fmt, global_scale=quantizer.global_scale)
+            self.seen = fake_quantize(
+                self.seen, fmt, global_scale=quantizer.global_scale, clip=quantizer.clip
+            )
         self._moments: dict[int, SecondMoment] = {}
 
     def apply(self, weight: Tensor) -> Tensor:

@@ -20,11 +20,14 @@ class ActivationQuantizer(nn.Module):
     """Quantizes one tensor for all linears that read it; those share this module, as one object.
 
     `perm` (int32 [channels]) reorders the channels and `rotation` applies the block Hadamard transform of that size
-    afterwards (0: none); `global_scale` (float32 []) is nvfp4's scale of the whole tensor, fixed by calibration.
+    afterwards (0: none); `global_scale` (float32 []) is nvfp4's scale of the whole tensor, fixed by calibration. `clip`
+    (float32 [], None: 1) multiplies each group's largest magnitude before its scale is made from it: finer steps,
+    and what lies beyond saturates.
     """
 
     perm: Tensor | None
     global_scale: Tensor | None
+    clip: Tensor | None
 
     def __init__(
         self,
@@ -33,6 +36,7 @@ class ActivationQuantizer(nn.Module):
         rotation: int = 0,
         perm: Tensor | None = None,
         global_scale: Tensor | None = None,
+        clip: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.channels = channels
@@ -40,6 +44,7 @@ class ActivationQuantizer(nn.Module):
         self.rotation = rotation
         self.register_buffer("perm", perm)
         self.register_buffer("global_scale", global_scale)
+        self.register_buffer("clip", clip)
 
     @classmethod
     def empty(
@@ -49,18 +54,20 @@ class ActivationQuantizer(nn.Module):
         rotation: int,
         has_perm: bool,
         has_global_scale: bool,
+        has_clip: bool = False,
         device: torch.device | str | None = None,
     ) -> ActivationQuantizer:
         """An uninitialized quantizer for a checkpoint to fill."""
         perm = torch.empty(channels, dtype=torch.int32, device=device) if has_perm else None
         scale = torch.empty((), dtype=torch.float32, device=device) if has_global_scale else None
-        return cls(channels, format, rotation, perm, scale)
+        clip = torch.empty((), dtype=torch.float32, device=device) if has_clip else None
+        return cls(channels, format, rotation, perm, scale, clip)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize x [..., channels]; returns (data, scale) in the carrier of x's device (kernels/ops.py)."""
         carrier = devices.carrier(x.device)
         data, scale = torch.ops.pq.quantize(
-            x, self.perm, self.global_scale, self.format, self.rotation, carrier
+            x, self.perm, self.global_scale, self.clip, self.format, self.rotation, carrier
         )
         return data, scale
 

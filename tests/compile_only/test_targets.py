@@ -59,13 +59,19 @@ def row_constants(key: str, carrier: str, chip: int, **more: Any) -> dict[str, A
     return {**constants, "NATIVE_FP8": chip >= 89, **more}
 
 
-ROW_TYPES = {"perm_ptr": "*i32", "global_ptr": "*fp32", "data_ptr": "*u8", "eps": "fp32"}
+ROW_TYPES = {
+    "perm_ptr": "*i32",
+    "global_ptr": "*fp32",
+    "clip_ptr": "*fp32",
+    "data_ptr": "*u8",
+    "eps": "fp32",
+}
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_norm_quantize(chip: int) -> None:
     carrier = "codes" if chip == 80 else "e4m3"
-    flags = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_GLOBAL"), False)
+    flags = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_GLOBAL", "HAS_CLIP"), False)
     flags |= dict.fromkeys(("RMS", "HAS_SCALE", "HAS_SHIFT", "HAS_PERM", "ON_CHIP"), True)
     constants = row_constants("int4:64:bf16", carrier, chip, **flags)
     types = {**ROW_TYPES, "scale_ptr": "*bf16" if chip == 80 else "*fp32"}
@@ -81,6 +87,7 @@ def test_norm_quantize(chip: int) -> None:
 @pytest.mark.parametrize("chip", CHIPS)
 def test_act_quantize(chip: int) -> None:
     flags = {"ACT": "gelu_tanh", "HAS_GATE": True, "HAS_PERM": True, "HAS_GLOBAL": True}
+    flags |= {"HAS_BEFORE": True, "HAS_CLIP": True}
     constants = row_constants("nvfp4:16:e4m3", "codes", chip, **flags, ON_CHIP=False)
     kernel = kernels("activation_quantize")._act_quantize_kernel
     types = {**ROW_TYPES, "scale_ptr": "*u8"}

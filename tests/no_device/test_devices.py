@@ -81,6 +81,6 @@ def test_missing_triton_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatc
 def test_the_package_needs_no_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; import torch, pq_fx.kernels.ops;"
-        "torch.ops.pq.quantize(torch.ones(1, 64), None, None, 'int4:64:bf16', 64, 'codes')"
+        "torch.ops.pq.quantize(torch.ones(1, 64), None, None, None, 'int4:64:bf16', 64, 'codes')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -17,7 +17,14 @@ import pq_fx.kernels.ops as pq_ops
 from pq_fx.errors import ConfigError, FormatError, PQError
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.pack import pack
-from pq_fx.kernels.reference import Quantized, dequantize, nvfp4_global_scale, quantize
+from pq_fx.kernels.reference import (
+    Quantized,
+    dequantize,
+    fake_quantize,
+    nvfp4_global_scale,
+    permute_rotate,
+    quantize,
+)
 
 KEYS = (
     "int4:64:bf16",
@@ -51,7 +58,7 @@ def tail(key: str, carrier: str, rotation: int = 16) -> tuple[Any, ...]:
     """The arguments that all quantize ops end with."""
     g = torch.tensor(0.002) if key.startswith("nvfp4") else None
     perm = torch.randperm(K, generator=torch.Generator().manual_seed(3)).int()
-    return perm, g, key, rotation, carrier
+    return perm, g, None, key, rotation, carrier
 
 
 def values(data: Tensor, scale: Tensor, key: str, g: Tensor | None) -> Tensor:
@@ -79,7 +86,11 @@ def test_schemas_fakes_and_tags(key: str, carrier: str) -> None:
     for op, args in (
         (ops.quantize, (x, *end)),
         (ops.norm_quantize, (x, "layer", None, None, 1e-6, mod, mod, *end)),
-        (ops.act_quantize, (x, x, "gelu", *end)),
+        (ops.act_quantize, (x, x, "gelu", None, *end)),
+        (
+            ops.act_quantize,
+            (x[..., 64:], None, "silu", x[..., :64], end[0], end[1], torch.tensor(0.9), *end[3:]),
+        ),
         (ops.linear, (data, data_scale, end[1], key, packed, scale, g, key, bias, torch.bfloat16)),
         (ops.linear_weight_only, (x, packed, scale, g, key, None)),
     ):
@@ -94,7 +105,7 @@ def test_norm_modulation_permutation_rotation_against_formulas(key: str, carrier
     x = torch.randn(2, 7, K) * 3 + 1
     weight, bias = torch.rand(K) + 0.5, torch.randn(K)
     scale, shift = torch.randn(2, 1, K) * 0.3, torch.randn(2, 1, K)
-    perm, g, _, rotation, _ = end = tail(key, carrier)
+    perm, g, _, _, rotation, _ = end = tail(key, carrier)
     hadamard = torch.tensor(
         [[(-1.0) ** bin(i & j).count("1") for j in range(16)] for i in range(16)]
     )
@@ -108,7 +119,7 @@ def test_norm_modulation_permutation_rotation_against_formulas(key: str, carrier
             y = wide / (wide.square().mean(-1, True) + 1e-5).sqrt()
         y = (y * weight + bias) * (1 + scale) + shift
         y = y[..., perm.long()].reshape(2, 7, K // rotation, rotation) @ hadamard.double() / 4
-        want, _ = ops.quantize(y.reshape(2, 7, K).float(), None, g, key, 0, carrier)
+        want, _ = ops.quantize(y.reshape(2, 7, K).float(), None, g, None, key, 0, carrier)
         got, _ = ops.norm_quantize(x, norm, weight, bias, 1e-5, scale, shift, *end)
         assert (got.view(torch.uint8) != want.view(torch.uint8)).float().mean() < 0.01
         # Modulation [B, K] is that of [B, 1, K].
@@ -128,9 +139,9 @@ def test_act_quantize_against_torch(act: str) -> None:
         "relu": F.relu,
         "none": lambda t: t,
     }
-    end = (None, None, "fp8:0:fp32", 0, "codes")
+    end = (None, None, None, "fp8:0:fp32", 0, "codes")
     for half in (x, x.bfloat16()):
-        got = values(*ops.act_quantize(half, gate, act, *end), "fp8:0:fp32", None)
+        got = values(*ops.act_quantize(half, gate, act, None, *end), "fp8:0:fp32", None)
         want = formulas[act](half.float()) * gate
         torch.testing.assert_close(got, want, rtol=2**-4, atol=want.abs().max().item() * 2**-16)
 
@@ -210,7 +221,7 @@ def test_decompositions_trace_with_symbolic_rows() -> None:
     assert len(decompositions) == 5
 
     def f(x: Tensor, perm: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.act_quantize(x, None, "silu", perm, *end[1:])
+        return ops.act_quantize(x, None, "silu", None, perm, *end[1:])
 
     graph = torch.fx.experimental.proxy_tensor.make_fx(
         f, decomposition_table=decompositions, tracing_mode="symbolic"
@@ -227,7 +238,7 @@ def test_backward_raises_a_named_error_and_the_forward_does_not() -> None:
     bias = torch.randn(N, requires_grad=True)
 
     def f(x: Tensor) -> Tensor:
-        data, s = ops.act_quantize(x, None, "silu", *end)
+        data, s = ops.act_quantize(x, None, "silu", None, *end)
         y = ops.linear(
             data, s, None, "int4:64:bf16", packed, scale, g, "int4:64:bf16", bias, x.dtype
         )
@@ -250,7 +261,7 @@ def test_a_quantized_activation_alone_has_no_silent_gradient() -> None:
     packed, scale, g, _ = packed_weight("int4:64:bf16")
     x = torch.randn(3, K, requires_grad=True)
     for carrier in ("codes", "e4m3"):
-        data, s = ops.quantize(x, None, None, "int4:64:bf16", 0, carrier)
+        data, s = ops.quantize(x, None, None, None, "int4:64:bf16", 0, carrier)
         weights = (packed, scale, g, "int4:64:bf16")
         y = ops.linear(data, s, None, "int4:64:bf16", *weights, None, torch.float32)
         with pytest.raises(PQError, match="inference only"):
@@ -258,18 +269,47 @@ def test_a_quantized_activation_alone_has_no_silent_gradient() -> None:
         assert x.grad is None
 
 
+@pytest.mark.parametrize("key", KEYS)
+def test_clip_is_a_smaller_amax_and_a_saturation(key: str) -> None:
+    x = torch.randn(3, K)
+    perm, g, _, _, rotation, _ = tail(key, "codes")
+    clipped = values(*ops.quantize(x, perm, g, torch.tensor(0.75), key, rotation, "codes"), key, g)
+    plain = values(*ops.quantize(x, perm, g, None, key, rotation, "codes"), key, g)
+    one = values(*ops.quantize(x, perm, g, torch.tensor(1.0), key, rotation, "codes"), key, g)
+    assert torch.equal(one, plain)
+    want = fake_quantize(
+        permute_rotate(x, perm, rotation), Format.parse(key), global_scale=g, scale_search=(0.75,)
+    )
+    assert torch.equal(clipped, want)
+    # Where scales are no powers of two, the row's largest value is cut off at 0.75 of itself.
+    if not key.startswith(("mxfp4", "int4:32")):
+        ratio = clipped.abs().amax() / plain.abs().amax()
+        assert 0.65 < ratio < 0.85  # e4m3 scales are 6 % coarse
+
+
+def test_channels_before_are_the_first_of_the_row() -> None:
+    before, x, gate = torch.randn(2, 3, 64), torch.randn(2, 3, K - 64), torch.randn(2, 3, K - 64)
+    end = tail("int4:64:bf16", "e4m3")
+    got = ops.act_quantize(x, gate, "silu", before, *end)
+    row = torch.cat([before, F.silu(x) * gate], dim=-1)
+    for a, b in zip(got, ops.quantize(row, *end), strict=True):
+        assert same_bits(a, b)
+    swapped = torch.cat([F.silu(x) * gate, before], dim=-1)
+    assert not same_bits(got[0], ops.quantize(swapped, *end)[0])
+
+
 def test_errors_list_what_is_known() -> None:
     x = torch.randn(2, K)
     with pytest.raises(ConfigError, match="unknown carrier 'bytes'; known: codes, e4m3"):
-        ops.quantize(x, None, None, "int4:64:bf16", 0, "bytes")
+        ops.quantize(x, None, None, None, "int4:64:bf16", 0, "bytes")
     with pytest.raises(ConfigError, match="unknown norm 'batch'; known: layer, rms"):
         ops.norm_quantize(
-            x, "batch", None, None, 1e-6, None, None, None, None, "int4:64:bf16", 0, "codes"
+            x, "batch", None, None, 1e-6, None, None, None, None, None, "int4:64:bf16", 0, "codes"
         )
     with pytest.raises(ConfigError, match="unknown act 'swish'; known: gelu, gelu_tanh, silu"):
-        ops.act_quantize(x, None, "swish", None, None, "int4:64:bf16", 0, "codes")
+        ops.act_quantize(x, None, "swish", None, None, None, None, "int4:64:bf16", 0, "codes")
     with pytest.raises(FormatError, match="K=192 .* group of 128"):
-        ops.quantize(x, None, None, "int4:128:bf16", 0, "codes")
+        ops.quantize(x, None, None, None, "int4:128:bf16", 0, "codes")
     packed, scale, g, _ = packed_weight("int3:64:bf16")
     with pytest.raises(FormatError, match="K=192 channels but the int4:64:bf16 weight holds 144"):
         ops.linear_weight_only(x, packed, scale, g, "int4:64:bf16", None)
@@ -279,7 +319,7 @@ def test_errors_list_what_is_known() -> None:
 
 def test_meta_tensors_get_shapes() -> None:
     data, scale = ops.quantize(
-        torch.empty(2, 3, K, device="meta"), None, None, "nvfp4:16:e4m3", 0, "codes"
+        torch.empty(2, 3, K, device="meta"), None, None, None, "nvfp4:16:e4m3", 0, "codes"
     )
     assert data.shape == (2, 3, K) and scale.shape == (2, 3, 12)
     assert scale.dtype == torch.float8_e4m3fn and data.device.type == "meta"
