@@ -1,0 +1,62 @@
+"""A plain module, and stand-ins for what real classes compute on the host and the meta device cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class MLP(nn.Module):
+    """A plain module, to show that nothing is specific to transformers."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (
+            nn.Linear(width // 4, width),
+            nn.Linear(width, width),
+            nn.Linear(width, 4),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., width / 4] -> [..., 4]."""
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+def even_experts(model: nn.Module) -> None:
+    """HiDream's routing counts tokens on the host; give each expert its mean share, which has the same FLOPs."""
+
+    def share(layer: nn.Module) -> Callable[..., torch.Tensor]:
+        def moe_infer(x: torch.Tensor, _: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            active = layer.num_activated_experts
+            rows = x.repeat(active, 1).chunk(len(layer.experts))
+            parts = [expert(part) for expert, part in zip(layer.experts, rows, strict=True)]
+            return (torch.cat(parts) * weights).unflatten(0, (active, -1)).sum(0)
+
+        return moe_infer
+
+    for layer in model.modules():
+        if hasattr(layer, "moe_infer"):
+            layer.moe_infer = share(layer)
+
+
+class FullMask:
+    """Stands for a mask without padding, whose row sums are known."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+
+    def sum(self, dim: int) -> FullMask:
+        """Row sums, which `tolist` gives."""
+        return self
+
+    def tolist(self) -> list[int]:
+        """The length of every caption."""
+        return [self.shape[1]] * self.shape[0]
+
+
+def full_captions(model: nn.Module) -> None:
+    """Lumina2 reads the caption lengths on the host; here no caption is padded."""
+    forward = model.rope_embedder.forward
+    model.rope_embedder.forward = lambda x, mask: forward(x, FullMask(tuple(mask.shape)))
