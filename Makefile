@@ -10,7 +10,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OUT ?= demo_out
-PYTEST_ARGS ?=
+# One process a core, one thread a process: the tests are many and small.
+PYTEST_ARGS ?= -n auto --dist worksteal
 
 # The repository has a folder kernels/, and Hugging Face libraries look for a package of that name:
 # keep the working directory off sys.path (pq_fx itself is found through its editable install).
@@ -38,7 +39,7 @@ types: .venv-test/installed
 		--cache-dir "$(CURDIR)/.mypy_cache" -p pq_fx
 
 pytest: .venv-test/installed
-	.venv-test/bin/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 .venv-test/bin/pytest $(PYTEST_ARGS)
 
 .venv/installed: EXTRAS =
 .venv-test/installed: EXTRAS = [test]
