@@ -18,6 +18,7 @@ from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.reference_ops import ACTIVATIONS, CARRIERS, check_choice
 from pq_fx.kernels.triton_common import (
+    as_bytes,
     as_rows,
     check_perm,
     check_rotation,
@@ -96,7 +97,8 @@ def _act_quantize_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += (row // x_inner) * x_outer_stride + (row % x_inner) * x_stride
-    gate_ptr += (row // gate_inner) * gate_outer_stride + (row % gate_inner) * gate_stride
+    if HAS_GATE:
+        gate_ptr += (row // gate_inner) * gate_outer_stride + (row % gate_inner) * gate_stride
     offsets = tl.arange(0, LENGTH)
     mask = offsets < CHANNELS
     source = offsets
@@ -111,7 +113,8 @@ def _act_quantize_kernel(
         before_ptr += (row % before_inner) * before_stride
         first = tl.load(before_ptr + read, mask=read < BEFORE, other=0.0).to(tl.float32)
         x_ptr -= BEFORE
-        gate_ptr -= BEFORE
+        if HAS_GATE:
+            gate_ptr -= BEFORE
     x = tl.load(x_ptr + read, mask=own, other=0.0).to(tl.float32)
     y = activation(x, ACT)
     if HAS_GATE:
@@ -125,7 +128,7 @@ def _act_quantize_kernel(
         global_scale = tl.load(global_ptr).to(tl.float32)
     quantize_row_store(
         y,
-        data_ptr + row * CHANNELS,
+        as_bytes(data_ptr) + row * CHANNELS,
         scale_ptr + row * scale_stride,
         global_scale,
         clip_ptr,
@@ -253,12 +256,12 @@ def act_quantize(
     with on_device_of(x):
         launch(_act_quantize_kernel)[(rows.count,)](
             rows.tensor,
-            gates.tensor,
-            firsts.tensor,
-            x if perm is None else perm,
-            x if global_scale is None else global_scale,
-            x if clip is None else clip,
-            data.view(torch.uint8),
+            None if gate is None else gates.tensor,
+            None if before is None else firsts.tensor,
+            perm,
+            global_scale,
+            clip,
+            storage_bytes(data),
             storage_bytes(scale),
             channels,
             rows.inner,

@@ -19,6 +19,7 @@ from pq_fx.kernels.launch import launch
 from pq_fx.kernels.reference_ops import check_weight
 from pq_fx.kernels.triton_common import (
     _ROW_SCALE_FLOOR,
+    as_bytes,
     bits_of,
     code_value,
     e4m3_byte,
@@ -66,6 +67,10 @@ def _decode_kernel(
     """weight uint8 [N, K * bits / 8], scale [N, K / GROUP]; out [N, K]; row fp32 [N] (TO_FP8)."""
     row = tl.program_id(0).to(tl.int64)
     weight_ptr += row * weight_stride
+    if TO_FP8:
+        out_ptr = as_bytes(out_ptr)
+    if SCALE == "e4m3":
+        scale_ptr = as_bytes(scale_ptr)
     out_ptr += row * CHANNELS
     index = tl.arange(0, LENGTH // GROUP)
     present = index * GROUP < CHANNELS
@@ -131,7 +136,7 @@ def _launch(
     fmt: Format,
     channels: int,
     out: Tensor,
-    row: Tensor,
+    row: Tensor | None,
     to_fp8: bool,
 ) -> None:
     check_packed(weight, scale, global_scale, fmt, channels)
@@ -142,8 +147,8 @@ def _launch(
         launch(_decode_kernel)[(weight.shape[0],)](
             weight,
             storage_bytes(scale),
-            weight if global_scale is None else global_scale,
-            out.view(torch.uint8) if to_fp8 else out,
+            global_scale,
+            storage_bytes(out),
             row,
             weight.stride(0),
             scale.stride(0),
@@ -189,5 +194,5 @@ def decode_float(
 ) -> Tensor:
     """Packed weight to its dequantized values [N, K], fp32 products rounded to `dtype`."""
     out = torch.empty((weight.shape[0], channels), dtype=dtype, device=weight.device)
-    _launch(weight, scale, global_scale, fmt, channels, out, scale, False)
+    _launch(weight, scale, global_scale, fmt, channels, out, None, False)
     return out

@@ -18,6 +18,7 @@ from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.triton_common import (
     INTERPRETED,
+    as_bytes,
     code_value,
     load_code,
     on_device_of,
@@ -70,7 +71,12 @@ def _dequantizing_gemm_kernel(
     column_mask = columns < N
     a_rows = a_ptr + rows.to(tl.int64)[:, None] * a_stride
     b_rows = b_ptr + columns.to(tl.int64)[None, :] * b_stride
-    a_scales = a_scale_ptr + rows.to(tl.int64) * a_scale_stride
+    if A_ELEMENT != "float":
+        if A_SCALE == "e4m3":
+            a_scale_ptr = as_bytes(a_scale_ptr)
+        a_scales = a_scale_ptr + rows.to(tl.int64) * a_scale_stride
+    if B_SCALE == "e4m3":
+        b_scale_ptr = as_bytes(b_scale_ptr)
     b_scales = b_scale_ptr + columns.to(tl.int64) * b_scale_stride
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -155,12 +161,12 @@ def dequantizing_gemm(
             (triton.cdiv(columns, 32 if few else 64), triton.cdiv(count, 16 if few else 64))
         ](
             a,
-            a if a_scale is None else storage_bytes(a_scale),
-            a if a_global is None else a_global,
+            None if a_scale is None else storage_bytes(a_scale),
+            a_global,
             weight,
             storage_bytes(weight_scale),
-            weight if weight_global is None else weight_global,
-            weight if bias is None else bias,
+            weight_global,
+            bias,
             out,
             count,
             columns,

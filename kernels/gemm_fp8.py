@@ -25,6 +25,7 @@ from pq_fx.kernels.triton_common import (
     native_fp8,
     on_device_of,
     require,
+    storage_bytes,
 )
 
 
@@ -98,11 +99,11 @@ def fp8_gemm(
     block_m, block_n = (64, 64) if count <= 64 or INTERPRETED else (128, 128)
     with on_device_of(a):
         launch(_fp8_gemm_kernel)[(triton.cdiv(count, block_m) * triton.cdiv(columns, block_n),)](
-            a if native else a.view(torch.uint8),
+            storage_bytes(a),
             a_scale,
-            b if native else b.view(torch.uint8),
+            storage_bytes(b),
             b_scale,
-            a_scale if bias is None else bias,
+            bias,
             out,
             count,
             columns,

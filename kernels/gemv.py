@@ -20,6 +20,7 @@ from pq_fx.kernels.formats import Format
 from pq_fx.kernels.gemm_codes import dequantizing_gemm
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.triton_common import (
+    as_bytes,
     code_value,
     load_code,
     on_device_of,
@@ -58,6 +59,8 @@ def _gemv_kernel(
 
     GROUP divides BLOCK_K, except GROUP 0 (one scale a row). out [M, N].
     """
+    if SCALE == "e4m3":
+        scale_ptr = as_bytes(scale_ptr)
     row = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < N
@@ -132,8 +135,8 @@ def gemv(
             x,
             weight,
             storage_bytes(weight_scale),
-            weight if weight_global is None else weight_global,
-            weight if bias is None else bias,
+            weight_global,
+            bias,
             out,
             columns,
             x.stride(0),

@@ -4,6 +4,7 @@ Every launcher calls its kernel as ``launch(kernel)[grid](...)``. On real tensor
 `recorded_launches` (pq_fx/inductor.py) the launch becomes a node of the graph through
 `torch.library.wrap_triton`, and Inductor's generated code launches the kernel itself: one launcher
 serves eager and compiled calls, and a compiled step never passes through Python's custom-op dispatch.
+A tensor that is absent is None: with a stand-in Inductor would compute it once more for that argument.
 """
 
 from __future__ import annotations

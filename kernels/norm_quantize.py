@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,6 +24,7 @@ from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.reference_ops import CARRIERS, NORMS, check_choice
 from pq_fx.kernels.triton_common import (
+    as_bytes,
     as_rows,
     native_fp8,
     on_device_of,
@@ -109,8 +109,10 @@ def _norm_quantize_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += (row // x_inner) * x_outer_stride + (row % x_inner) * x_stride
-    mod_scale_ptr += (row // mod_rows) * mod_scale_stride
-    mod_shift_ptr += (row // mod_rows) * mod_shift_stride
+    if HAS_SCALE:
+        mod_scale_ptr += (row // mod_rows) * mod_scale_stride
+    if HAS_SHIFT:
+        mod_shift_ptr += (row // mod_rows) * mod_shift_stride
     offsets = tl.arange(0, LENGTH)
     mask = offsets < CHANNELS
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -147,7 +149,7 @@ def _norm_quantize_kernel(
         global_scale = tl.load(global_ptr).to(tl.float32)
     quantize_row_store(
         y,
-        data_ptr + row * CHANNELS,
+        as_bytes(data_ptr) + row * CHANNELS,
         scale_ptr + row * scale_stride,
         global_scale,
         clip_ptr,
@@ -167,16 +169,16 @@ def _norm_quantize_kernel(
 
 
 class _Modulation(NamedTuple):
-    """Modulation rows: tensor with unit channel stride, and how far apart its rows lie."""
+    """Modulation rows: tensor with unit channel stride or None, and how far apart its rows lie."""
 
-    tensor: Tensor
+    tensor: Tensor | None
     stride: int
 
 
 def _modulation(mod: Tensor | None, x: Tensor, name: str) -> _Modulation:
     """Rows [B, K] of a modulation [B, K], [B, 1, K] or [K] for x [B, ..., K]."""
     if mod is None:
-        return _Modulation(x, 0)
+        return _Modulation(None, 0)
     channels = x.shape[-1]
     require(
         mod.shape[-1] == channels and mod.device == x.device,
@@ -194,9 +196,9 @@ def _modulation(mod: Tensor | None, x: Tensor, name: str) -> _Modulation:
     return _Modulation(mod, mod.stride(0) if batch > 1 else 0)
 
 
-def _vector(vector: Tensor | None, x: Tensor, name: str) -> Tensor:
+def _vector(vector: Tensor | None, x: Tensor, name: str) -> Tensor | None:
     if vector is None:
-        return x
+        return None
     require(
         tuple(vector.shape) == (x.shape[-1],) and vector.device == x.device,
         f"{name} {tuple(vector.shape)} on {vector.device} must be ({x.shape[-1]},) on {x.device}",
@@ -247,10 +249,10 @@ def norm_quantize(
             _vector(bias, x, "bias"),
             scales.tensor,
             shifts.tensor,
-            x if perm is None else perm,
-            x if global_scale is None else global_scale,
-            x if clip is None else clip,
-            data.view(torch.uint8),
+            perm,
+            global_scale,
+            clip,
+            storage_bytes(data),
             storage_bytes(scale),
             x.shape[-1],
             eps,

@@ -97,9 +97,14 @@ def as_rows(x: Tensor, name: str) -> Rows:
     return Rows(y, count, max(y.shape[1], 1), y.stride(0), y.stride(1))
 
 
-def storage_bytes(scale: Tensor) -> Tensor:
-    """One-byte scale tensors as uint8 (e4m3, e8m0), others unchanged: what the kernels take."""
-    return scale.view(torch.uint8) if scale.element_size() == 1 else scale
+def storage_bytes(tensor: Tensor) -> Tensor:
+    """e4m3 tensors as uint8 for Triton's interpreter and for chips without fp8; others as they are.
+
+    Kernels take either (`as_bytes`).
+    """
+    if tensor.element_size() > 1 or native_fp8(tensor.device):
+        return tensor
+    return tensor.view(torch.uint8)
 
 
 def padded_length(channels: int) -> int:
@@ -146,6 +151,12 @@ def check_rotation(rotation: int, channels: int) -> None:
             f"rotation size {rotation} is not a power of two that divides K={channels}; "
             "use the group size, or 0 for none"
         )
+
+
+@triton.jit
+def as_bytes(ptr):
+    """A pointer to e4m3 or bytes as one to bytes: views cost a call of the host, this costs nothing."""
+    return ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
 
 
 @triton.jit
