@@ -1,11 +1,15 @@
 """What a quantized model is made of: packed linears and the quantizers of their inputs, as ordinary modules.
 
-Packed weights, scales and permutations are buffers, so Dynamo lifts them as graph inputs: one compiled graph serves all
-blocks of a class, and `state_dict`, `.to()`, offload hooks and deep copies work without special cases. The modules only
-store; which operations are fused is decided by the graph passes (passes/lower.py).
+Packed weights, scales and permutations are parameters without gradient, so Dynamo lifts them as graph inputs: one
+compiled graph serves all blocks of a class, and `state_dict`, `.to()` and deep copies work without special cases. So do
+offload hooks: by default accelerate moves parameters and leaves buffers behind. A cast to another dtype changes the bias
+only; scales belong to the format. The modules only store; which operations are fused is decided by the graph passes
+(passes/lower.py).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +18,20 @@ import pq_fx.kernels.ops  # noqa: F401  (registers torch.ops.pq)
 from pq_fx.errors import PQError
 from pq_fx.kernels import devices
 from pq_fx.kernels.formats import Format
+
+
+def _parameter(value: Tensor | None) -> nn.Parameter | None:
+    return None if value is None else nn.Parameter(value, requires_grad=False)
+
+
+def _keeping_dtype(fn: Callable[[Tensor], Tensor], cast: Tensor | None) -> Callable:
+    """`fn` of `Module._apply` (a move, a cast, or both) that casts no tensor but `cast`."""
+
+    def apply(value: Tensor) -> Tensor:
+        new = fn(value)
+        return new if value is cast or new.dtype == value.dtype else value.to(new.device)
+
+    return apply
 
 
 class ActivationQuantizer(nn.Module):
@@ -42,9 +60,9 @@ class ActivationQuantizer(nn.Module):
         self.channels = channels
         self.format = Format.parse(format).key
         self.rotation = rotation
-        self.register_buffer("perm", perm)
-        self.register_buffer("global_scale", global_scale)
-        self.register_buffer("clip", clip)
+        self.register_parameter("perm", _parameter(perm))
+        self.register_parameter("global_scale", _parameter(global_scale))
+        self.register_parameter("clip", _parameter(clip))
 
     @classmethod
     def empty(
@@ -63,13 +81,19 @@ class ActivationQuantizer(nn.Module):
         clip = torch.empty((), dtype=torch.float32, device=device) if has_clip else None
         return cls(channels, format, rotation, perm, scale, clip)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize x [..., channels]; returns (data, scale) in the carrier of x's device (kernels/ops.py)."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActivationQuantizer:
+        return super()._apply(_keeping_dtype(fn, cast=None), recurse)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Quantize x [..., channels] to (data, scale, global_scale), in the carrier of x's device (kernels/ops.py).
+
+        The global scale is returned, not read by the linear, because an offload hook may take it back after this call.
+        """
         carrier = devices.carrier(x.device)
         data, scale = torch.ops.pq.quantize(
             x, self.perm, self.global_scale, self.clip, self.format, self.rotation, carrier
         )
-        return data, scale
+        return data, scale, self.global_scale
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
@@ -80,7 +104,7 @@ class ActivationQuantizer(nn.Module):
 class QuantLinear(nn.Module):
     """y = x W^T + b with packed weights; 4-bit activations where it has an input quantizer, else weights only.
 
-    Buffers: `weight` uint8 [out_features, bytes], `weight_scale` [out_features, groups] in the format's scale dtype,
+    Parameters: `weight` uint8 [out_features, bytes], `weight_scale` [out_features, groups] in the format's scale dtype,
     `weight_global_scale` float32 [] or None, `bias` [out_features] or None. Inference only.
     """
 
@@ -104,10 +128,11 @@ class QuantLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.weight_format = Format.parse(weight_format).key
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("weight_global_scale", weight_global_scale)
-        self.register_buffer("bias", bias)
+        # The bias goes first: libraries take a model's dtype from its first float parameter.
+        self.register_parameter("bias", _parameter(bias))
+        self.register_parameter("weight", _parameter(weight))
+        self.register_parameter("weight_scale", _parameter(weight_scale))
+        self.register_parameter("weight_global_scale", _parameter(weight_global_scale))
         self.input_quantizer = input_quantizer
 
     @classmethod
@@ -137,6 +162,9 @@ class QuantLinear(nn.Module):
             None,
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        return super()._apply(_keeping_dtype(fn, cast=self.bias), recurse)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in x's dtype."""
         quantizer = self.input_quantizer
@@ -149,11 +177,11 @@ class QuantLinear(nn.Module):
                 self.weight_format,
                 self.bias,
             )
-        data, scale = quantizer(x)
+        data, scale, global_scale = quantizer(x)
         return torch.ops.pq.linear(
             data,
             scale,
-            quantizer.global_scale,
+            global_scale,
             quantizer.format,
             self.weight,
             self.weight_scale,
