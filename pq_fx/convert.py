@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pq_fx.calibrate import Statistics
 from pq_fx.config import METHODS, QuantConfig
+from pq_fx.decide import decide
 from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.pack import pack
@@ -132,43 +133,17 @@ def _layers(model: nn.Module, plan: Plan, config: QuantConfig, draft: _Draft) ->
     layers: dict[str, _Layer] = {}
     modules = dict(model.named_modules())
     for fqn, fact in plan.linears.items():
-        own = config.for_layer(fqn)
-        rule = config.rule_for(fqn)
         module = modules.get(fqn)
-        reason = ""
-        if fact.treatment == "impossible":
-            reason = fact.reason
-        elif own is None:
-            reason = (
-                "left alone by modules_to_not_convert"
-                if config.is_skipped(fqn)
-                else f"left alone by rule {rule!r}"
-            )
-        elif fact.treatment == "leave" and (rule is None or rule == "_default"):
-            reason = fact.reason
-        elif type(module) is not nn.Linear:
-            found = "no module of that name" if module is None else type(module).__name__
-            reason = f"expected nn.Linear, found {found}"
-        else:
-            layer = _Layer(fact, own, module, fact.treatment == "weight_only")
-            reason = _misfit(layer)
-            if not reason:
-                layers[fqn + ".weight"] = layer
-        if reason:
+        decision = decide(fact, config, module)
+        if decision.config is None:
             draft.rows[fqn] = LayerReport(
-                fqn, fact.in_features, fact.out_features, skip_reason=reason
+                fqn, fact.in_features, fact.out_features, skip_reason=decision.skip_reason
             )
+        else:
+            assert isinstance(module, nn.Linear)
+            one_row = fact.treatment == "weight_only"
+            layers[fqn + ".weight"] = _Layer(fact, decision.config, module, one_row)
     return layers
-
-
-def _misfit(layer: _Layer) -> str:
-    """Why the layer's sizes do not fit its formats, or nothing."""
-    for fmt in (layer.weight_format, layer.activation_format):
-        if fmt is not None and fmt.group_size and layer.fact.in_features % fmt.group_size:
-            return f"{layer.fact.in_features} input channels are not a multiple of the group of {fmt.key}"
-    if layer.fact.in_features * layer.weight_format.bits % 8:
-        return f"{layer.fact.in_features} input channels do not fill whole bytes in {layer.weight_format.key}"
-    return ""
 
 
 def _restrict(region: Region, layers: dict[str, _Layer]) -> Region | None:
