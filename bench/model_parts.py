@@ -24,8 +24,19 @@ class MLP(nn.Module):
         return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
 
 
-def even_experts(model: nn.Module) -> None:
-    """HiDream's routing counts tokens on the host; give each expert its mean share, which has the same FLOPs."""
+def static_hidream(model: nn.Module) -> None:
+    """HiDream counts each expert's tokens and reads the picture's size on the host.
+
+    Here each expert gets its mean share, which has the same FLOPs, and the size is that of the (square) latents.
+    """
+    p = model.config.patch_size
+
+    def patchify(x: torch.Tensor) -> tuple[torch.Tensor, None, list[tuple[int, int]], torch.Tensor]:
+        batch, _, height, width = x.shape
+        h, w = height // p, width // p
+        patches = x.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 3, 5, 1)
+        ids = torch.zeros(batch, h * w, 3, device=x.device)
+        return patches.flatten(1, 2).flatten(2), None, [(h, w)] * batch, ids
 
     def share(layer: nn.Module) -> Callable[..., torch.Tensor]:
         def moe_infer(x: torch.Tensor, _: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -36,6 +47,7 @@ def even_experts(model: nn.Module) -> None:
 
         return moe_infer
 
+    model.patchify = patchify
     for layer in model.modules():
         if hasattr(layer, "moe_infer"):
             layer.moe_infer = share(layer)

@@ -16,7 +16,7 @@ from typing import Any
 import diffusers as D
 import torch
 import transformers as T
-from model_parts import MLP, even_experts, full_captions
+from model_parts import MLP, full_captions, static_hidream
 from torch import nn
 
 from pq_fx.example_inputs import InputSizes, example_inputs
@@ -277,7 +277,7 @@ MODELS: dict[str, Model] = {
             patch_size=2, in_channels=16, caption_channels=[4096, 4096], axes_dims_rope=(64, 32, 32),
             llama_layers=(*range(32), *[31] * 16), force_inference_output=True,
         ),
-        InputSizes(text=128), BOTH, even_experts,
+        InputSizes(text=128), BOTH, static_hidream,
     ),
     "bert": Model(
         T.BertModel,

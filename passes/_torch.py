@@ -6,7 +6,8 @@ in pq_fx may import from `torch._dynamo`, `torch._inductor`, `torch._guards` or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -32,6 +33,7 @@ __all__ = [
     "dim_expr",
     "dynamo_root",
     "dynamo_value",
+    "every_graph",
     "hint",
     "list_mode_options",
     "make_fx",
@@ -109,3 +111,23 @@ def dynamo_value(node: fx.Node) -> Any:
     """The real argument behind a placeholder of Dynamo's graph, or None outside Dynamo."""
     grapharg = node.meta.get("grapharg")
     return None if grapharg is None else grapharg.example
+
+
+@contextmanager
+def every_graph() -> Iterator[dict[str, int]]:
+    """While open, Dynamo compiles each graph however many there are of one function; yields the reasons of its breaks.
+
+    Beyond `recompile_limit` (8) graphs of one function Dynamo runs it eagerly and silently, which would hide linears.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.utils import counters
+
+    before = dict(counters["graph_break"])
+    reasons: dict[str, int] = {}
+    with config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
+        try:
+            yield reasons
+        finally:
+            for reason, count in counters["graph_break"].items():
+                if count > before.get(reason, 0):
+                    reasons[reason] = count - before.get(reason, 0)

@@ -1,10 +1,10 @@
 """What a quantized model is made of: packed linears and the quantizers of their inputs, as ordinary modules.
 
 Packed weights, scales and permutations are parameters without gradient, so Dynamo lifts them as graph inputs: one
-compiled graph serves all blocks of a class, and `state_dict`, `.to()` and deep copies work without special cases. So do
-offload hooks: by default accelerate moves parameters and leaves buffers behind. A cast to another dtype changes the bias
-only; scales belong to the format. The modules only store; which operations are fused is decided by the graph passes
-(passes/lower.py).
+compiled graph serves all blocks of a class, and `state_dict`, `.to()` and deep copies work without special cases. So
+do offload hooks: by default accelerate moves parameters and leaves buffers behind. A cast to another dtype changes
+the bias only; scales belong to the format. The modules only store; which operations are fused is decided by the graph
+passes (passes/lower.py).
 """
 
 from __future__ import annotations
