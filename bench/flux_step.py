@@ -1,11 +1,16 @@
-"""One denoising step of the full FLUX.1-dev transformer, side by side: 16 bits against pq_fx.
+"""One denoising step of a full diffusion transformer, side by side: 16 bits, torchao fp8, pq_fx.
 
     python bench/flux_step.py --out bench/results/flux_step_h100.json
 
-Real configuration (19 + 38 blocks, 11.9 B parameters), random weights with planted outlier channels, 1024 x 1024 pixels
-(4096 image tokens), 512 text tokens, batch 1. Every variant is compiled per block (`compile_repeated_blocks`), runs the
-same inputs in the same process, and is timed by CUDA events: median of the steps after warm-up. `--layers` shrinks the
-model for a trial. Stops at the first result that is not finite.
+FLUX.1-dev by default (19 + 38 blocks, 11.9 B parameters, 1024 x 1024 pixels, 512 text tokens, batch 1); random weights
+with planted outlier channels. A variant is NAME[+whole][+graphs]:
+
+    eager            bf16 as it is                       bf16            compiled block by block
+    torchao-fp8      dynamic activations, row scales     PRESET          pq_fx, e.g. w4a4-int4, w4a8-int4
+
++whole compiles the model as one graph, +graphs compiles with mode="reduce-overhead". All variants see the same inputs
+in the same process; neighbours of the same NAME share the model. CUDA events, median of `--steps` after warm-up. Rows
+are written as they come; the first output that is not finite stops the run.
 """
 
 from __future__ import annotations
@@ -13,158 +18,208 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from diffusers import FluxTransformer2DModel
+from step_models import MODELS, build, repeated_blocks, step_inputs
+from step_profile import by_class, floor_ms, kernel_times, work
+from torch import nn
 
 import pq_fx
 
 GIB = 2**30
+DEFAULT = (
+    "eager bf16 bf16+graphs w4a4-int4 w4a4-int4+graphs w4a8-int4 w4a4-nvfp4 w4a4-mxfp4 torchao-fp8"
+)
 
 
-def build(layers: tuple[int, int], seed: int = 0) -> FluxTransformer2DModel:
-    """FLUX.1-dev's architecture in bf16 on the GPU, with channels of very different size as trained models have."""
-    with torch.device("meta"):
-        model = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=64,
-            num_layers=layers[0],
-            num_single_layers=layers[1],
-            attention_head_dim=128,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            pooled_projection_dim=768,
-            guidance_embeds=True,
-            axes_dims_rope=(16, 56, 56),
-        ).to(torch.bfloat16)
-    model = model.to_empty(device="cuda").eval().requires_grad_(False)
-    generator = torch.Generator("cuda").manual_seed(seed)
-    for name, p in model.named_parameters():
-        if p.dim() < 2:
-            p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            continue
-        p.normal_(0.0, 0.7 / p.shape[1] ** 0.5, generator=generator)
-        outliers = torch.randint(
-            p.shape[1], (max(1, p.shape[1] // 100),), device="cuda", generator=generator
-        )
-        p[:, outliers] *= 4.0
+class Bench:
+    """Holds one model at a time and the calibration that all pq_fx variants share."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.inputs = step_inputs(args.model, args.side, args.batch, args.device)
+        self.model: nn.Module | None = None
+        self.name = ""
+        self.calibration: Any = None
+        self.notes: dict[str, Any] = {}
+
+    def float_model(self) -> nn.Module:
+        """A new float model; the last one is dropped first."""
+        self.model = None
+        self.reset()
+        args = self.args
+        return build(args.model, args.layers, args.tiny, args.device)
+
+    def reset(self) -> None:
+        """Forget compiled code and free its memory."""
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def get(self, name: str) -> nn.Module:
+        """The model of a variant, quantized where it says so."""
+        if self.model is None or name != self.name:
+            self.model, self.name = self.float_model(), name
+            if name == "torchao-fp8":
+                self.model = torchao_fp8(self.model)
+            elif name not in ("eager", "bf16"):
+                self.quantize(name)
+        return self.model
+
+    @torch.no_grad()
+    def quantize(self, preset: str) -> None:
+        """Convert with cheap settings: the search changes accuracy, not speed. One calibration serves all formats."""
+        config = pq_fx.QuantConfig.preset(preset, method=self.args.method, alphas=(0.5,))
+        if self.calibration is None:
+            start = time.perf_counter()
+            quantizer = pq_fx.prepare(self.model, config)
+            few = step_inputs(self.args.model, 256, 1, self.args.device)
+            with quantizer.calibrate():
+                self.model(**few)
+            self.calibration = quantizer.statistics()
+            self.notes["calibrate_s"] = round(time.perf_counter() - start, 1)
+            print("calibrated", self.notes["calibrate_s"], flush=True)
+            self.reset()
+        if self.args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        report = pq_fx.prepare(self.model, config, statistics=self.calibration).convert()
+        self.notes[preset] = {
+            "convert_s": round(report.seconds, 1),
+            "convert_peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
+            "summary": report.summary,
+        }
+        print(report.summary, flush=True)
+
+    def run(self, variant: str) -> dict[str, Any]:
+        """One row of the table."""
+        name, *how = variant.split("+")
+        model = self.get(name)
+        self.reset()
+        for module in model.modules():
+            module._compiled_call_impl = None
+        if name != "eager":
+            options: dict[str, Any] = {"fullgraph": True}
+            if name not in ("bf16", "torchao-fp8"):
+                options["backend"] = "permuquant"
+            if "graphs" in how:
+                options["mode"] = "reduce-overhead"
+            for module in [model] if "whole" in how else repeated_blocks(model):
+                module.compile(**options)
+        row = measure(variant, model, self.inputs, self.args)
+        if self.args.device == "cuda" and not how:
+            kernels = kernel_times(model, self.inputs)
+            row["classes_ms"] = by_class(kernels)
+            row["gpu_busy_ms"] = round(sum(ms for ms, _ in kernels.values()), 2)
+            row["kernels"] = dict(list(kernels.items())[:30])
+            if name != "eager":
+                row["one_cuda_graph_ms"] = graphed(model, self.inputs, self.args.steps)
+        return row
+
+
+def torchao_fp8(model: nn.Module) -> nn.Module:
+    """torchao's dynamic fp8 with row scales on the linears of the blocks.
+
+    Without the setting, Inductor benchmarks templates against cuBLAS for every shape, which takes minutes and was
+    not finished in an earlier run; cuBLAS is the fastest at these shapes.
+    """
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    torch._inductor.config.max_autotune_gemm_backends = "ATEN"
+    for block in repeated_blocks(model):
+        quantize_(block, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
     return model
 
 
-def inputs(side: int, batch: int, text: int = 512) -> dict[str, Any]:
-    """One step's inputs at side x side pixels."""
-    n = side // 16
-    generator = torch.Generator("cuda").manual_seed(1)
-    ids = torch.zeros(n, n, 3, device="cuda")
-    ids[..., 1] = torch.arange(n, device="cuda")[:, None]
-    ids[..., 2] = torch.arange(n, device="cuda")[None, :]
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=generator)
-
-    return {
-        "hidden_states": randn(batch, n * n, 64),
-        "encoder_hidden_states": randn(batch, text, 4096),
-        "pooled_projections": randn(batch, 768),
-        "timestep": torch.full((batch,), 0.6, device="cuda", dtype=torch.bfloat16),
-        "guidance": torch.full((batch,), 3.5, device="cuda", dtype=torch.bfloat16),
-        "img_ids": ids.reshape(-1, 3),
-        "txt_ids": torch.zeros(text, 3, device="cuda"),
-        "return_dict": False,
-    }
-
-
-@torch.no_grad()
-def measure(label: str, model: torch.nn.Module, x: dict[str, Any], steps: int) -> dict[str, Any]:
-    """First call, then the median step, memory and a result to compare."""
-    torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    out = model(**x)[0]
-    torch.cuda.synchronize()
-    first = time.perf_counter() - start
-    if not torch.isfinite(out).all():
-        sys.exit(f"{label}: output is not finite")
-    for _ in range(3):
-        model(**x)
+def timed(call: Any, steps: int, device: str) -> list[float]:
+    """Milliseconds of each call."""
     times = []
     for _ in range(steps):
+        if device != "cuda":
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e3)
+            continue
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        model(**x)
+        call()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    weights = sum(
-        t.numel() * t.element_size()
-        for t in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
-    )
-    row = {
+    return times
+
+
+@torch.no_grad()
+def measure(
+    label: str, model: nn.Module, inputs: dict[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
+    """First call, median step, memory, and a check that the result is finite."""
+
+    def step() -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return model(**inputs)[0]
+
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    out = step()
+    tensors = out if isinstance(out, list) else [out]
+    if not all(torch.isfinite(t).all() for t in tensors):
+        sys.exit(f"{label}: output is not finite")
+    first = time.perf_counter() - start
+    del out, tensors
+    timed(step, 3, args.device)  # with CUDA graphs the second call records
+    warm = time.perf_counter() - start
+    times = timed(step, args.steps, args.device)
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return {
         "label": label,
         "ms": round(statistics.median(times), 2),
         "ms_min": round(min(times), 2),
         "first_call_s": round(first, 1),
-        "weights_gib": round(weights / GIB, 2),
+        "first_4_calls_s": round(warm, 1),
+        "weights_gib": round(sum(size_of(t) for t in tensors.values()) / GIB, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
     }
-    print(json.dumps(row), flush=True)
-    return row
+
+
+def size_of(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor, or of what a torchao tensor holds."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(size_of(getattr(tensor, n)) for n in names)
+    return tensor.numel() * tensor.element_size()
 
 
 @torch.no_grad()
-def graphed(label: str, model: torch.nn.Module, x: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The same compiled model replayed as one CUDA graph: what is left when launches cost nothing."""
+def graphed(model: nn.Module, inputs: dict[str, Any], steps: int) -> float | str:
+    """The compiled step replayed as one CUDA graph: what is left when launches cost nothing."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        model(**x)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        model(**x)
-    times = []
-    for _ in range(steps):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    row = {
-        "label": f"{label}, one CUDA graph",
-        "ms": round(statistics.median(times), 2),
-        "ms_min": round(min(times), 2),
-    }
-    print(json.dumps(row), flush=True)
-    del graph
-    return row
-
-
-def kernels(model: torch.nn.Module, x: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds a step by kernel name, from the profiler; the 25 largest."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CUDA]) as seen:
-        model(**x)
-        torch.cuda.synchronize()
-    total: dict[str, float] = {}
-    for event in seen.key_averages():
-        total[event.key[:90]] = round(event.self_device_time_total / 1000.0, 3)
-    return dict(sorted(total.items(), key=lambda item: -item[1])[:25])
-
-
-def attempt(function: Callable[[], dict[str, Any]], label: str) -> dict[str, Any]:
-    """A variant that fails is a row that says so; the others still run."""
     try:
-        return function()
-    except (RuntimeError, pq_fx.errors.PQError) as error:
-        print(f"{label}: {error}", flush=True)
-        return {"label": label, "error": str(error)[:400]}
+        with torch.cuda.stream(stream):
+            model(**inputs)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            model(**inputs)
+    except RuntimeError as error:
+        return f"not captured: {str(error)[:200]}"
+    return round(statistics.median(timed(graph.replay, steps, "cuda")), 2)
+
+
+class TooLong(Exception):
+    """A variant passed its time limit."""
+
+
+def _stop(*_: Any) -> None:
+    raise TooLong
 
 
 def main() -> None:
@@ -172,72 +227,44 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, nargs=2, default=(19, 38))
-    parser.add_argument("--side", type=int, default=1024)
+    parser.add_argument("--variants", nargs="+", default=DEFAULT.split())
+    parser.add_argument("--model", choices=list(MODELS), default="flux.1-dev")
+    parser.add_argument("--layers", type=int, nargs="+", help="fewer blocks, for a trial")
+    parser.add_argument("--side", type=int, default=1024, help="pixels")
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--format", default="int4")
     parser.add_argument("--method", default="permuquant-h")
+    parser.add_argument("--limit", type=int, default=150, help="seconds a variant may take")
+    parser.add_argument("--tiny", action="store_true", help="a narrow model, to try the script")
+    parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    x = inputs(args.side, 1)
+    bench = Bench(args)
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "layers": args.layers,
-        "side": args.side,
+        **{k: getattr(args, k) for k in ("model", "layers", "side", "batch", "method")},
         "rows": [],
+        "notes": bench.notes,
     }
-    rows = result["rows"]
-
-    def save() -> None:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
-
-    model = build(tuple(args.layers))
-    rows.append(measure("bf16, eager", model, x, args.steps // 2))
-    model.compile_repeated_blocks(fullgraph=True)
-    rows.append(measure("bf16, compile_repeated_blocks", model, x, args.steps))
-    rows.append(
-        attempt(
-            lambda: graphed("bf16, compile_repeated_blocks", model, x, args.steps), "bf16 graph"
-        )
-    )
-    save()
-    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
-        block._compiled_call_impl = None
-    torch.compiler.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-
-    label = f"pq_fx {args.format}, {args.method}"
-    start = time.perf_counter()
-    config = pq_fx.QuantConfig(args.format, method=args.method, alphas=(0.5,))
-    quantizer = pq_fx.prepare(model, config)
-    with torch.no_grad(), quantizer.calibrate():
-        for t in (0.9, 0.3):
-            model(**(x | {"timestep": torch.full_like(x["timestep"], t)}))
-    result["calibrate_s"] = round(time.perf_counter() - start, 1)
-    print("calibrated", result["calibrate_s"], flush=True)
-    torch.cuda.reset_peak_memory_stats()
-    report = quantizer.convert()
-    result["convert_s"] = round(report.seconds, 1)
-    result["convert_peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
-    result["summary"] = report.summary
-    print(report.summary, flush=True)
-    del quantizer
-    torch.compiler.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    model.compile_repeated_blocks(fullgraph=True, backend="permuquant")
-    rows.append(measure(label, model, x, args.steps))
-    save()
-    result["kernels_ms"] = kernels(model, x)
-    save()
-    rows.append(attempt(lambda: graphed(label, model, x, args.steps), label))
-    base = next(r["ms"] for r in rows if r["label"] == "bf16, compile_repeated_blocks")
-    for row in rows:
-        if "ms" in row:
+    signal.signal(signal.SIGALRM, _stop)
+    for variant in args.variants:
+        signal.alarm(args.limit)
+        try:
+            row = bench.run(variant)
+            if variant == "eager":
+                result["work"] = work(bench.get("eager"), bench.inputs)
+                result["floor_ms"] = floor_ms(result["work"])
+        except (RuntimeError, pq_fx.errors.PQError, TooLong) as error:
+            row = {"label": variant, "error": f"{type(error).__name__}: {error}"[:600]}
+            bench.model = None
+        signal.alarm(0)
+        print(json.dumps({k: v for k, v in row.items() if k != "kernels"}), flush=True)
+        result["rows"].append(row)
+        base = next((r.get("ms") for r in result["rows"] if r["label"] == "bf16"), None)
+        if base and "ms" in row:
             row["ratio_to_compiled_bf16"] = round(row["ms"] / base, 3)
-    save()
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
