@@ -107,7 +107,7 @@ class Bench:
         if name != "eager":
             options: dict[str, Any] = {"fullgraph": True}
             if name not in ("bf16", "torchao-fp8"):
-                options["backend"] = "permuquant"
+                options["backend"] = pq_fx.permuquant
             if "graphs" in how:
                 options["mode"] = "reduce-overhead"
             for module in [model] if "whole" in how else repeated_blocks(model):

@@ -107,6 +107,7 @@ def _norm_quantize_kernel(
 
     data uint8 [M, K]; scale [M, K / GROUP] in its storage dtype, or fp32 [M, 1] (CARRIER "e4m3").
     """
+    eps = eps.to(tl.float32)  # Inductor passes floats in double
     row = tl.program_id(0).to(tl.int64)
     x_ptr += (row // x_inner) * x_outer_stride + (row % x_inner) * x_stride
     if HAS_SCALE:
