@@ -60,7 +60,7 @@ def many_rows(keys: list[str]) -> list[dict[str, object]]:
         for key in keys:
             fmt = Format.parse(key)
             weights = [packed_weight(fmt, n, k) for _ in range(4)]
-            decodes = [partial(decode_e4m3, *weight, fmt, k) for weight in weights]
+            decodes = [partial(decode_e4m3, *([w] for w in part), fmt, k) for part in weights]
             row[f"decode {key}"] = device_microseconds(decodes)
             tail = (key, None, torch.bfloat16)
             calls = [

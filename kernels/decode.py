@@ -9,6 +9,8 @@ then runs at the full fp8 rate with scales outside its main loop. Packed layouts
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -54,6 +56,7 @@ def _decode_kernel(
     row_ptr,
     weight_stride,
     scale_stride,
+    first_row,
     CHANNELS: tl.constexpr,
     HAS_GLOBAL: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -64,14 +67,17 @@ def _decode_kernel(
     TO_FP8: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
-    """weight uint8 [N, K * bits / 8], scale [N, K / GROUP]; out [N, K]; row fp32 [N] (TO_FP8)."""
+    """weight uint8 [N, K * bits / 8], scale [N, K / GROUP]; out [N, K]; row fp32 [N] (TO_FP8).
+
+    out and row may be longer: the results begin at `first_row`.
+    """
     row = tl.program_id(0).to(tl.int64)
     weight_ptr += row * weight_stride
     if TO_FP8:
         out_ptr = as_bytes(out_ptr)
     if SCALE == "e4m3":
         scale_ptr = as_bytes(scale_ptr)
-    out_ptr += row * CHANNELS
+    out_ptr += (first_row + row) * CHANNELS
     index = tl.arange(0, LENGTH // GROUP)
     present = index * GROUP < CHANNELS
     factor = scale_value(
@@ -85,7 +91,7 @@ def _decode_kernel(
         largest = float_of(tl.max(bits, axis=0)) * (1.0 / GAIN)
         largest = tl.where(largest == largest, tl.maximum(largest, _ROW_SCALE_FLOOR), largest)
         factor = tl.div_rn(factor, tl.zeros_like(factor) + largest)
-        tl.store(row_ptr + row, largest)
+        tl.store(row_ptr + first_row + row, largest)
     # Not a reshape of one range, and a constant row length: the compiler must see that neighbors
     # are contiguous and their masks equal, or it loads single bytes.
     offsets = index[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -138,9 +144,10 @@ def _launch(
     out: Tensor,
     row: Tensor | None,
     to_fp8: bool,
+    first_row: int = 0,
 ) -> None:
     check_packed(weight, scale, global_scale, fmt, channels)
-    if out.numel() == 0:
+    if weight.shape[0] == 0:
         return
     length = padded_length(channels)
     with on_device_of(weight):
@@ -152,6 +159,7 @@ def _launch(
             row,
             weight.stride(0),
             scale.stride(0),
+            first_row,
             CHANNELS=channels,
             HAS_GLOBAL=global_scale is not None,
             LENGTH=length,
@@ -167,20 +175,28 @@ def _launch(
 
 
 def decode_e4m3(
-    weight: Tensor, scale: Tensor, global_scale: Tensor | None, fmt: Format, channels: int
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    global_scales: Sequence[Tensor | None],
+    fmt: Format,
+    channels: int,
 ) -> tuple[Tensor, Tensor]:
-    """Packed weight [N, K * bits / 8] to (float8_e4m3fn [N, K], fp32 row scales [N, 1]).
+    """Packed weights [N_i, K * bits / 8] to one operand: float8_e4m3fn [sum N_i, K], fp32 rows [.., 1].
 
-    The result lives in the caching allocator's memory for one GEMM: the same block serves every
-    layer of a stream, also inside a CUDA graph, so the scratch costs one layer's fp8 weights in
-    all.
+    Linears that share their input are decoded side by side and run as one GEMM. The result lives in
+    the caching allocator's memory for one GEMM: the same block serves every layer of a stream, also
+    inside a CUDA graph, so the scratch costs one layer's fp8 weights in all.
 
     Raises:
-        KernelError, FormatError: weight, scales and format do not fit together.
+        KernelError, FormatError: weights, scales and format do not fit together.
     """
-    out = torch.empty((weight.shape[0], channels), dtype=torch.float8_e4m3fn, device=weight.device)
-    row = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
-    _launch(weight, scale, global_scale, fmt, channels, out, row, True)
+    count, device = sum(w.shape[0] for w in weights), weights[0].device
+    out = torch.empty((count, channels), dtype=torch.float8_e4m3fn, device=device)
+    row = torch.empty((count, 1), dtype=torch.float32, device=device)
+    first = 0
+    for weight, scale, global_scale in zip(weights, scales, global_scales, strict=True):
+        _launch(weight, scale, global_scale, fmt, channels, out, row, True, first)
+        first += weight.shape[0]
     return out, row
 
 

@@ -8,6 +8,8 @@ what makes it run at the full rate. Carrier "codes": `pq_fx.kernels.gemm_codes`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -156,31 +158,54 @@ def linear(
         KernelError, FormatError: shapes, dtypes or formats do not fit.
         UnsupportedDeviceError: e4m3 data on a GPU without fp8 tensor cores.
     """
-    channels = data.shape[-1]
-    columns = weight.shape[0]
-    lead = data.shape[:-1]
-    fmt = Format.parse(weight_format)
-    require(
-        bias is None or (tuple(bias.shape) == (columns,) and bias.device == data.device),
-        f"bias must have shape ({columns},) on {data.device}",
+    return linears(
+        data,
+        scale,
+        global_scale,
+        format,
+        [weight],
+        [weight_scale],
+        [weight_global_scale],
+        weight_format,
+        [bias],
+        dtype,
     )
+
+
+def linears(
+    data: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    weight_global_scales: Sequence[Tensor | None],
+    weight_format: str,
+    biases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Linears of one quantized input, joined; arguments and errors as `linear`, [..., sum N_i].
+
+    e4m3 data: the weights are decoded into one operand for one GEMM. Code points: one GEMM each.
+    """
+    fmt = Format.parse(weight_format)
+    for weight, bias in zip(weights, biases, strict=True):
+        require(
+            bias is None or (bias.shape == weight.shape[:1] and bias.device == data.device),
+            f"bias must have shape ({weight.shape[0]},) on {data.device}",
+        )
+    channels = data.shape[-1]
     rows = data.reshape(-1, channels)
     if data.dtype == torch.uint8:
-        out = dequantizing_gemm(
-            rows,
-            scale.reshape(rows.shape[0], -1)
-            if rows.shape[0]
-            else scale.reshape(0, scale.shape[-1]),
-            global_scale,
-            Format.parse(format),
-            weight,
-            weight_scale,
-            weight_global_scale,
-            fmt,
-            bias,
-            dtype,
-        )
-        return out.view(*lead, columns)
+        scales = scale.reshape(rows.shape[0], scale.shape[-1])
+        parts = [
+            dequantizing_gemm(
+                rows, scales, global_scale, Format.parse(format), w, s, g, fmt, b, dtype
+            )
+            for w, s, g, b in zip(weights, weight_scales, weight_global_scales, biases, strict=True)
+        ]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return out.view(*data.shape[:-1], out.shape[-1])
     if data.dtype != torch.float8_e4m3fn:
         raise KernelError(
             f"data of dtype {data.dtype} belongs to no carrier; expected uint8 code points or "
@@ -195,6 +220,17 @@ def linear(
         scale.dtype == torch.float32 and scale.numel() == rows.shape[0],
         f"e4m3 data wants one fp32 scale a row, got {scale.dtype} {tuple(scale.shape)}",
     )
-    operand, row_scale = decode_e4m3(weight, weight_scale, weight_global_scale, fmt, channels)
+    operand, row_scale = decode_e4m3(weights, weight_scales, weight_global_scales, fmt, channels)
+    bias = _joined(biases)
     out = scaled_gemm(rows.contiguous(), scale.reshape(-1, 1), operand, row_scale, bias, dtype)
-    return out.view(*lead, columns)
+    return out.view(*data.shape[:-1], out.shape[-1])
+
+
+def _joined(biases: Sequence[Tensor | None]) -> Tensor | None:
+    present = [b for b in biases if b is not None]
+    require(
+        len(present) in (0, len(biases)), "joined linears have a bias each, or none of them has"
+    )
+    if len(present) < 2:
+        return present[0] if present else None
+    return torch.cat(present)

@@ -9,7 +9,7 @@ cannot follow: their input gets no gradient at all, without an error.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -29,6 +29,9 @@ _SCHEMAS = {
     "act_quantize": f"(Tensor x, Tensor? gate, str act, Tensor? before, {_TAIL}) -> (Tensor, Tensor)",
     "linear": "(Tensor data, Tensor scale, Tensor? global_scale, str format, "
     f"{_WEIGHT}, Tensor? bias, ScalarType dtype) -> Tensor",
+    "linears": "(Tensor data, Tensor scale, Tensor? global_scale, str format, Tensor[] weights, "
+    "Tensor[] weight_scales, Tensor?[] weight_global_scales, str weight_format, Tensor?[] biases, "
+    "ScalarType dtype) -> Tensor",
     "linear_weight_only": f"(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor",
 }
 _REFERENCE: dict[str, Callable[..., Any]] = {
@@ -36,6 +39,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "norm_quantize": reference_ops.norm_quantize,
     "act_quantize": reference_ops.act_quantize,
     "linear": reference_ops.linear,
+    "linears": reference_ops.linears,
     "linear_weight_only": reference_ops.linear_weight_only,
 }
 # Where the Triton launchers live; looked up when a CUDA tensor arrives, so a CPU needs no Triton.
@@ -44,6 +48,7 @@ _TRITON = {
     "norm_quantize": "pq_fx.kernels.norm_quantize",
     "act_quantize": "pq_fx.kernels.activation_quantize",
     "linear": "pq_fx.kernels.gemm_fp8",
+    "linears": "pq_fx.kernels.gemm_fp8",
     "linear_weight_only": "pq_fx.kernels.gemv",
 }
 
@@ -107,6 +112,23 @@ def _linear_fake(
     return _linear_output(data, weight, weight_format, dtype)
 
 
+def _linears_fake(
+    data: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    weight_global_scales: Sequence[Tensor | None],
+    weight_format: str,
+    biases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> Tensor:
+    for weight in weights:
+        _linear_output(data, weight, weight_format, dtype)
+    return data.new_empty((*data.shape[:-1], sum(w.shape[0] for w in weights)), dtype=dtype)
+
+
 def _linear_weight_only_fake(
     x: Tensor,
     weight: Tensor,
@@ -130,6 +152,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "norm_quantize": _norm_quantize_fake,
     "act_quantize": _act_quantize_fake,
     "linear": _linear_fake,
+    "linears": _linears_fake,
     "linear_weight_only": _linear_weight_only_fake,
 }
 

@@ -7,6 +7,8 @@ the order of fp32 sums, everything after them step by step (`pq_fx.kernels.refer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -183,6 +185,26 @@ def linear(
         f"data of dtype {data.dtype} belongs to no carrier; expected uint8 code points or "
         "float8_e4m3fn, as pq::quantize returns them"
     )
+
+
+def linears(
+    data: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    weight_global_scales: Sequence[Tensor | None],
+    weight_format: str,
+    biases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`linear` with each weight, concatenated: [..., sum N_i]; the weights share one format."""
+    parts = [
+        linear(data, scale, global_scale, format, w, s, g, weight_format, b, dtype)
+        for w, s, g, b in zip(weights, weight_scales, weight_global_scales, biases, strict=True)
+    ]
+    return torch.cat(parts, dim=-1)
 
 
 def linear_weight_only(

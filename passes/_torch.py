@@ -35,6 +35,7 @@ __all__ = [
     "dynamo_value",
     "every_graph",
     "hint",
+    "is_fake",
     "list_mode_options",
     "make_fx",
     "real_mode",
@@ -56,6 +57,11 @@ def hint(size: int | torch.SymInt, default: int = 1) -> int:
         return size
     value = size.node.hint if size.node.has_hint() else None
     return default if value is None else int(value)
+
+
+def is_fake(value: Any) -> bool:
+    """Whether this is a fake tensor."""
+    return isinstance(value, FakeTensor)
 
 
 def real_mode() -> Any:

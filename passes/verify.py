@@ -36,6 +36,9 @@ def verify_graph(gm: fx.GraphModule) -> None:
             raise GraphError(f"{node.name} ({node.target}) lost its meta['val']")
         if node.target is pq.linear.default:
             _check_linear(node, *(node.args[i] for i in (0, 3, 4, 5, 7)))
+        elif node.target is pq.linears.default:
+            for weight, scale in zip(node.args[4], node.args[5], strict=True):  # type: ignore[arg-type]
+                _check_linear(node, node.args[0], node.args[3], weight, scale, node.args[7])
         elif node.target is pq.linear_weight_only.default:
             _check_linear(node, node.args[0], None, *(node.args[i] for i in (1, 2, 4)))
 

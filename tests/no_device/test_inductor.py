@@ -86,6 +86,12 @@ def _linear(x: Tensor, mod: Tensor, w: Tensor, s: Tensor, b: Tensor) -> Any:
     return pq.linear(data, scale, None, INT4, w, s, None, INT4, b, torch.bfloat16)
 
 
+def _joint(x: Tensor, mod: Tensor, w: Tensor, s: Tensor, b: Tensor) -> Any:
+    data, scale = _quantize(x, mod, w, s, b)
+    no = [None, None]
+    return pq.linears(data, scale, None, INT4, [w, w], [s, s], no, INT4, [b, b], torch.bfloat16)
+
+
 def _one_row(x: Tensor, mod: Tensor, w: Tensor, s: Tensor, b: Tensor) -> Any:
     return pq.linear_weight_only(mod, w, s, None, INT4, b)
 
@@ -96,7 +102,7 @@ def _targets(graph: fx.Graph) -> list[str]:
 
 @pytest.mark.parametrize(
     ("function", "kernels", "gemms"),
-    [(_norm, 1, 0), (_quantize, 1, 0), (_linear, 2, 1), (_one_row, 1, 0)],
+    [(_norm, 1, 0), (_quantize, 1, 0), (_linear, 2, 1), (_joint, 3, 1), (_one_row, 1, 0)],
 )
 def test_ops_become_kernels_that_write_only_their_outputs(
     hopper: None, function: Callable[..., Any], kernels: int, gemms: int
