@@ -5,19 +5,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from pq_fx import integrations
 from pq_fx.backend import permuquant
 from pq_fx.checkpoint import load, save
 from pq_fx.config import QuantConfig
+from pq_fx.dequantize import dequantize
 from pq_fx.inspection import inspect
 from pq_fx.inspection_report import Inspection
 from pq_fx.quantizer import Quantizer, prepare
 from pq_fx.report import Report
 
+if TYPE_CHECKING:
+    from pq_fx.integrations.diffusers import PermuQuantConfig
+
 __all__ = [
     "Inspection",
+    "PermuQuantConfig",
     "QuantConfig",
     "Quantizer",
     "Report",
+    "dequantize",
     "inspect",
     "load",
     "permuquant",
@@ -25,3 +34,13 @@ __all__ = [
     "save",
 ]
 __version__ = "0.1.0"
+
+integrations.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PermuQuantConfig":  # a subclass of diffusers' own, which is imported only now
+        from pq_fx.integrations.diffusers import PermuQuantConfig
+
+        return PermuQuantConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,22 +187,37 @@ class Plan:
                 f"the checkpoint has tensors unknown to the model: {_some(extra)}"
             )
         for name, (dtype, shape) in expected.items():
-            value = tensors[name]
-            fits = value.is_floating_point() if dtype is None else value.dtype == dtype
-            if not fits or tuple(value.shape) != shape:
-                wanted = "a float type" if dtype is None else str(dtype).removeprefix("torch.")
-                raise CheckpointError(
-                    f"{name} is {str(value.dtype).removeprefix('torch.')} {list(value.shape)}; "
-                    f"expected {wanted} {list(shape)}"
-                )
+            check_kind(name, tensors[name], dtype, shape)
+        for name, check in self.checks().items():
+            check(name, tensors[name])
+
+    def checks(self) -> dict[str, Callable[[str, Tensor], None]]:
+        """For each tensor whose values can be wrong, a function of its name and value that raises CheckpointError."""
+        result: dict[str, Callable[[str, Tensor], None]] = {}
         for fqn, layer in self.layers.items():
-            _check_scale(f"{fqn}.weight_scale", tensors, Format.parse(layer.weight_format).scale)
-            _check_scale(f"{fqn}.weight_global_scale", tensors, "fp32")
+            fmt = Format.parse(layer.weight_format)
+            result[f"{fqn}.weight_scale"] = partial(_check_scale, kind=fmt.scale)
+            if fmt.two_level:
+                result[f"{fqn}.weight_global_scale"] = partial(_check_scale, kind="fp32")
         for name, quantizer in self.quantizers.items():
-            _check_scale(f"{name}.global_scale", tensors, "fp32")
-            _check_clip(f"{name}.clip", tensors)
             if quantizer.perm:
-                _check_bijection(f"{name}.perm", tensors[f"{name}.perm"])
+                result[f"{name}.perm"] = _check_bijection
+            if quantizer.global_scale:
+                result[f"{name}.global_scale"] = partial(_check_scale, kind="fp32")
+            if quantizer.clip:
+                result[f"{name}.clip"] = _check_clip
+        return result
+
+
+def check_kind(name: str, value: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...]) -> None:
+    """Raise CheckpointError unless `value` is of this dtype (None: any float) and shape."""
+    fits = value.is_floating_point() if dtype is None else value.dtype == dtype
+    if not fits or tuple(value.shape) != shape:
+        wanted = "a float type" if dtype is None else str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{name} is {str(value.dtype).removeprefix('torch.')} {list(value.shape)}; "
+            f"expected {wanted} {list(shape)}"
+        )
 
 
 def _entries(kind: type, plain: Any, what: str) -> dict[str, Any]:
@@ -233,19 +249,15 @@ def _check_format(name: str, key: str, channels: int) -> None:
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def _check_scale(name: str, tensors: Mapping[str, Tensor], kind: str) -> None:
-    value = tensors.get(name)
-    if value is None:
-        return
+def _check_scale(name: str, value: Tensor, kind: str) -> None:
     # e8m0 is a biased exponent byte, whose only value that is no number is 255 (OCP MX, 5.4.1).
     finite = value.view(torch.uint8) != 255 if kind == "e8m0" else value.float().isfinite()
     if not bool(finite.all()):
         raise CheckpointError(f"{name} holds scales that are not finite: the file is damaged")
 
 
-def _check_clip(name: str, tensors: Mapping[str, Tensor]) -> None:
-    value = tensors.get(name)
-    if value is not None and not (bool(value.isfinite()) and float(value) > 0.0):
+def _check_clip(name: str, value: Tensor) -> None:
+    if not (bool(value.isfinite()) and float(value) > 0.0):
         raise CheckpointError(f"{name} is {float(value)}; a clip ratio is a number above 0")
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from pq_fx import integrations
 from pq_fx.calibrate import Observer, Statistics
 from pq_fx.config import QuantConfig
 from pq_fx.convert import convert
@@ -87,6 +88,7 @@ class Quantizer:
         report = convert(self.model, self._statistics, self.config, progress)
         self._converted = True
         self.model.quantization_report = report  # type: ignore[assignment]
+        integrations.adopt(self.model)
         log.info("%s", report.summary)
         return report
 

@@ -193,6 +193,11 @@ class Report:
         found = getattr(model, _ATTRIBUTE, None)
         return found if isinstance(found, cls) else None
 
+    @staticmethod
+    def detach(model: nn.Module) -> None:
+        """Take the report off a model that it is not about any more."""
+        model.__dict__.pop(_ATTRIBUTE, None)
+
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [_layer_table(self.quantized)] if self.quantized else []
         if self.skipped:

@@ -161,11 +161,11 @@ def z_image() -> D.ZImagePipeline:
         all_patch_size=(2,),
         all_f_patch_size=(1,),
         in_channels=16,
-        dim=32,
+        dim=48,
         n_layers=2,
         n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
+        n_heads=3,
+        n_kv_heads=3,
         qk_norm=True,
         cap_feat_dim=32,
         axes_dims=[8, 4, 4],
@@ -255,6 +255,8 @@ def call(pipe: Any, prompt: str = PROMPTS[0], seed: int = 0, **changes: Any) -> 
     }
     if isinstance(pipe, D.SanaPipeline):
         settings |= {"complex_human_instruction": None, "use_resolution_binning": False}
+    if isinstance(pipe, D.QwenImagePipeline):
+        settings |= {"true_cfg_scale": 1.0}
     return pipe(prompt, **(settings | changes)).images
 
 

@@ -1,1 +1,32 @@
-"""Adapters to other libraries."""
+"""What makes a quantized model at home in other libraries: diffusers, transformers' models, PEFT.
+
+None of these libraries is imported from here. diffusers has no registry for quantizers from outside, only a table in
+`diffusers.quantizers.auto`; `install` writes into it when that module is loaded, whichever is imported first.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from pq_fx.integrations.imports import when_imported
+
+
+def install() -> None:
+    """Register with each library, now or as soon as somebody imports it."""
+    when_imported("diffusers.quantizers.auto", _register_with_diffusers)
+
+
+def adopt(model: nn.Module) -> None:
+    """Let the library that a quantized model comes from treat it as quantized; other models are left alone."""
+    if "diffusers.models.modeling_utils" in sys.modules:
+        from pq_fx.integrations import diffusers
+
+        diffusers.adopt(model)
+
+
+def _register_with_diffusers() -> None:
+    from pq_fx.integrations import diffusers
+
+    diffusers.register()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from pq_fx import checkpoint, storage
+from pq_fx import checkpoint, checkpoint_model, storage
 from pq_fx.checkpoint import load, save
 from pq_fx.config import QuantConfig
 from pq_fx.errors import CheckpointError
@@ -25,6 +25,7 @@ from pq_fx.modules import ActivationQuantizer, QuantLinear
 from pq_fx.report import LayerReport, Report
 
 WIDTH, INNER = 64, 192
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class Toy(nn.Module):
@@ -166,11 +167,38 @@ def test_equal_models_give_equal_bytes(saved, tmp_path):
 
 def test_shared_tensors_are_stored_once(saved):
     _, folder = saved
-    raw = (folder / "model.safetensors").read_bytes()
+    raw = (folder / WEIGHTS).read_bytes()
     names = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
     assert "k.input_quantizer.perm" in names or "q.input_quantizer.perm" in names
     assert len([name for name in names if name.endswith("perm")]) == 1
     assert not [name for name in names if name.startswith("again.")]
+
+
+def test_large_weights_are_split_with_an_index(saved, tmp_path):
+    model, folder = saved
+    save(model, tmp_path / "s", report(), max_shard_size="10KB")
+    files = contents(tmp_path / "s")
+    shards = [n for n in files if n.endswith(".safetensors")]
+    assert len(shards) == 4
+    assert sorted(shards)[0] == "diffusion_pytorch_model-00001-of-00004.safetensors"
+    index = json.loads(files[WEIGHTS + ".index.json"])
+    assert set(index["weight_map"].values()) == set(shards)
+    assert index["metadata"]["total_size"] == sum(
+        t.nbytes for t in checkpoint_model.stored_tensors(model).values()
+    )
+    x = torch.randn(2, 24)
+    assert torch.equal(load(tmp_path / "s", Toy())(x), model(x))
+    (tmp_path / "s" / shards[1]).unlink()
+    refused(tmp_path / "s", "of-00004.safetensors cannot be read")
+    save(model, tmp_path / "s", report())  # shards of the old checkpoint are gone
+    assert contents(tmp_path / "s") == contents(folder)
+
+
+@pytest.mark.parametrize("size", [0, -1, True, "", "10", "ten GB", "0GB", None])
+def test_shard_sizes_that_are_none(saved, tmp_path, size):
+    with pytest.raises(CheckpointError, match="max_shard_size is .*; expected"):
+        save(saved[0], tmp_path / "s", max_shard_size=size)
+    assert not (tmp_path / "s").exists()
 
 
 def test_one_module_under_two_names(tmp_path):
@@ -212,7 +240,7 @@ def test_views_and_transposed_tensors_are_stored_whole(tmp_path):
     save(model, tmp_path / "m")
     loaded = load(tmp_path / "m", Toy()).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
-    assert (tmp_path / "m" / "model.safetensors").stat().st_size < 40_000
+    assert (tmp_path / "m" / WEIGHTS).stat().st_size < 40_000
 
 
 def test_settings_and_report_come_back(saved):
@@ -280,29 +308,29 @@ def edit_tensors(folder: Path, change) -> None:
     """Change tensors in the file and its recorded checksum with them."""
     from safetensors.torch import load_file, save_file
 
-    file = folder / "model.safetensors"
+    file = folder / WEIGHTS
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
     recorded = {"bytes": file.stat().st_size, "sha256": storage.sha256(file)}
-    edit_config(folder, lambda config: config["weights"].update(recorded))
+    edit_config(folder, lambda config: config["weights"].update({WEIGHTS: recorded}))
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
 def test_a_cut_off_file(saved, keep):
     _, folder = saved
-    file = folder / "model.safetensors"
+    file = folder / WEIGHTS
     file.write_bytes(file.read_bytes()[:keep])
     refused(folder, "cut off or changed")
     # Even where the recorded size and checksum say otherwise.
     recorded = {"bytes": file.stat().st_size, "sha256": storage.sha256(file)}
-    edit_config(folder, lambda config: config["weights"].update(recorded))
+    edit_config(folder, lambda config: config["weights"].update({WEIGHTS: recorded}))
     refused(folder, "cannot be read")
 
 
 def test_a_flipped_bit(saved):
     _, folder = saved
-    file = folder / "model.safetensors"
+    file = folder / WEIGHTS
     raw = bytearray(file.read_bytes())
     raw[-100] ^= 4
     file.write_bytes(raw)
@@ -312,14 +340,15 @@ def test_a_flipped_bit(saved):
 def test_missing_files(saved, tmp_path):
     _, folder = saved
     refused(tmp_path / "nowhere", "holds no config.json")
-    (folder / "model.safetensors").unlink()
+    (folder / WEIGHTS).unlink()
     refused(folder, "cannot be read")
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c.update(format_version=2), "format_version 2; this release reads 1. Upgrade"),
+        (lambda c: c.update(format_version=3), "format_version 3; this release reads 2. Upgrade"),
+        (lambda c: c.update(format_version=1), "Version 1 was never released: quantize"),
         (lambda c: c.update(format_version=None), "format_version None"),
         (lambda c: c.update(quant_method="bitsandbytes"), "bitsandbytes"),
         (lambda c: c.pop("layers"), "no table 'layers'"),
@@ -339,7 +368,10 @@ def test_missing_files(saved, tmp_path):
         (lambda c: c["input_quantizers"]["q.input_quantizer"].update(rotation=24), "rotation 24"),
         (lambda c: c["input_quantizers"]["q.input_quantizer"].update(perm=False), "unknown to"),
         (lambda c: c.pop("weights"), "does not describe"),
-        (lambda c: c["weights"].update(file="../../x"), "does not describe"),
+        (lambda c: c.update(weights={}), "does not describe"),
+        (lambda c: c["weights"].update({"../../x": {}}), "does not describe"),
+        (lambda c: c["weights"].update({WEIGHTS: None}), "does not describe"),
+        (lambda c: c["weights"][WEIGHTS].pop("sha256"), "checksum"),
     ],
 )
 def test_a_config_that_lies(saved, change, says):
@@ -455,7 +487,7 @@ def test_saving_again_replaces_the_whole_folder(saved):
     _, folder = saved
     other = quantized_toy(seed=3)
     save(other, folder)
-    assert sorted(contents(folder)) == ["config.json", "model.safetensors"]  # the report is gone
+    assert sorted(contents(folder)) == ["config.json", WEIGHTS]  # the report is gone
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
     x = torch.randn(2, 24)
     assert torch.equal(load(folder, Toy())(x), other(x))
@@ -482,7 +514,7 @@ def test_a_foreign_model_is_not_replaced(tmp_path):
     save(quantized_toy(), tmp_path / "empty")
 
 
-@pytest.mark.parametrize("call", ["save_file", "_model_config"])
+@pytest.mark.parametrize("call", ["write_weights", "_model_config"])
 def test_an_error_while_saving_leaves_the_old_folder(saved, monkeypatch, call):
     _, folder = saved
     before = contents(folder)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pq_fx.dequantize import dequantize, float_weight
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.pack import pack
 from pq_fx.kernels.reference import nvfp4_global_scale, permute_rotate, quantize
@@ -26,15 +27,17 @@ class Pair(nn.Module):
         perm = torch.randperm(WIDTH).int()
         shared = ActivationQuantizer(WIDTH, key, 16, perm, scale, torch.tensor(0.9))
         self.norm = nn.LayerNorm(WIDTH)
-        self.q, self.k = (_linear(fmt, shared, out) for out in (48, 80))
+        self.weights = [torch.randn(out, WIDTH) for out in (48, 80)]
+        self.q, self.k = (_linear(fmt, shared, weight) for weight in self.weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = self.norm(x)
         return self.q(y), self.k(y)
 
 
-def _linear(fmt: Format, shared: ActivationQuantizer, out: int) -> QuantLinear:
-    weight = permute_rotate(torch.randn(out, WIDTH), shared.perm, shared.rotation)
+def _linear(fmt: Format, shared: ActivationQuantizer, weight: Tensor) -> QuantLinear:
+    out = len(weight)
+    weight = permute_rotate(weight, shared.perm, shared.rotation)
     whole = nvfp4_global_scale(weight.abs().amax()) if fmt.two_level else None
     q = quantize(weight, fmt, global_scale=whole)
     return QuantLinear(
@@ -82,3 +85,18 @@ def test_offload_hooks_find_every_tensor(pair: Pair) -> None:
     assert not list(pair.buffers())  # accelerate leaves buffers where they are
     first = next(p for p in pair.q.parameters() if p.is_floating_point())
     assert first is pair.q.bias  # what diffusers and transformers call the model's dtype
+
+
+def test_dequantized_weights_are_the_float_ones_but_for_rounding(pair: Pair) -> None:
+    x = torch.randn(3, WIDTH)
+    y = pair.norm(x)
+    for linear, weight in zip((pair.q, pair.k), pair.weights, strict=True):
+        got = float_weight(linear)
+        assert 0.01 < (got - weight).norm() / weight.norm() < 0.2
+        assert (got.flip(1) - weight).norm() / weight.norm() > 1
+    bias = pair.k.bias.clone()
+    want = y @ float_weight(pair.k).T + bias
+    dequantize(pair)
+    assert type(pair.k) is nn.Linear and not pair.k.weight.requires_grad
+    assert (pair.k(y) - want).norm() / want.norm() < 1e-6
+    assert dequantize(Pair("int4:64:bf16"), torch.bfloat16).q.weight.dtype == torch.bfloat16
