@@ -218,7 +218,7 @@ def test_compiled_layer_is_the_eager_one() -> None:
 def test_decompositions_trace_with_symbolic_rows() -> None:
     end = tail("int3:64:bf16", "codes")
     decompositions = pq_ops.decompositions()
-    assert len(decompositions) == 5
+    assert len(decompositions) == 6
 
     def f(x: Tensor, perm: Tensor) -> tuple[Tensor, Tensor]:
         return ops.act_quantize(x, None, "silu", None, perm, *end[1:])

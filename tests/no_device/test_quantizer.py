@@ -151,13 +151,11 @@ def test_lowered_graph_has_no_permute_left(tiny_flux: Flux) -> None:
     assert before["quantize"] == before["linear"] == 12 + 5
     assert counts.shared == 2 + 2 + 3
     assert counts.norms == 2 + 2 + 1  # norm1 and norm2 of both streams, the single block's norm
-    assert (
-        counts.acts == 2
-    )  # gelu of both streams; the single block's is joined with attention first
+    assert counts.acts == 3  # gelu of both streams; attention and gelu of the single block
     assert after == {
         "norm_quantize": 5,
-        "act_quantize": 2,
-        "quantize": 3,
+        "act_quantize": 3,
+        "quantize": 2,
         "linear": 17,
         "linear_weight_only": 4,
     }
