@@ -1,7 +1,7 @@
 """The coverage table: what would be quantized in each model class, at full depth and width, without weights.
 
     python bench/coverage.py                      all classes -> bench/results/coverage.json and coverage.md
-    python bench/coverage.py flux sana            some of them, printed only
+    python bench/coverage.py flux sana            some of them; the others keep their rows
     python bench/coverage.py --snapshot           one block of each kind -> tests/no_device/coverage.json (the test's)
 
 A drop against the snapshot fails `tests/no_device/test_coverage.py`.
@@ -94,18 +94,22 @@ def main() -> None:
         rows[name] = look(name, layers)
         print(name, json.dumps(rows[name]), flush=True)
     print(markdown(rows))
-    whole = not args.names and layers is None
     if args.snapshot:
         # Only rows that were looked at change, so that one class can be renewed alone.
         known = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
         known |= {name: snapshot_row(row) for name, row in rows.items()}
         text = json.dumps({n: known[n] for n in MODELS if n in known}, indent=1)
         SNAPSHOT.write_text(text + "\n")
-    if whole:
-        versions = {"torch": torch.__version__, "device": "meta"}
-        text = json.dumps({**versions, "classes": rows}, indent=1)
-        (RESULTS / "coverage.json").write_text(text + "\n")
-        (RESULTS / "coverage.md").write_text(markdown(rows))
+    if layers is None:
+        path = RESULTS / "coverage.json"
+        known = json.loads(path.read_text())["classes"] if args.names and path.exists() else {}
+        known |= rows
+        classes = {n: known[n] for n in MODELS if n in known}
+        text = json.dumps(
+            {"torch": torch.__version__, "device": "meta", "classes": classes}, indent=1
+        )
+        path.write_text(text + "\n")
+        (RESULTS / "coverage.md").write_text(markdown(classes))
 
 
 if __name__ == "__main__":

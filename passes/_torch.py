@@ -6,6 +6,7 @@ in pq_fx may import from `torch._dynamo`, `torch._inductor`, `torch._guards` or 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -128,12 +129,11 @@ def every_graph() -> Iterator[dict[str, int]]:
     from torch._dynamo import config
     from torch._dynamo.utils import counters
 
-    before = dict(counters["graph_break"])
-    reasons: dict[str, int] = {}
+    whole = counters["graph_break"].copy()
+    reasons: Counter[str] = Counter()
     with config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
+        counters["graph_break"] = reasons
         try:
             yield reasons
         finally:
-            for reason, count in counters["graph_break"].items():
-                if count > before.get(reason, 0):
-                    reasons[reason] = count - before.get(reason, 0)
+            counters["graph_break"] = whole + reasons

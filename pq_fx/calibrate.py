@@ -37,6 +37,10 @@ class Statistics:
         default_factory=list
     )
 
+    def forget(self) -> None:
+        """Start anew; observers made before must not be used any more."""
+        self.plan, self.moments, self.bound, self.graphs = Plan(), {}, [], 0
+
 
 class Observer:
     """A Dynamo backend that watches a float model. `rows` and `seed` configure the reservoirs of rows."""
@@ -100,7 +104,8 @@ class ObservedGraph:
         return self.gm(*args, *tensors)
 
     def _bind(self, args: Sequence[Any]) -> list[torch.Tensor]:
-        observer, moments = self.observer, self.observer.statistics.moments
+        observer = self.observer
+        moments = observer.statistics.moments
         names = {}
         for placeholder, i in self.params.items():
             name = observer.names.get(id(args[i]))

@@ -23,7 +23,7 @@ from pq_fx.errors import GraphError
 from pq_fx.inspection_report import Inspection, LinearInspection
 from pq_fx.kernels.formats import Format
 from pq_fx.passes import _torch
-from pq_fx.passes.regions import RegionMap, find_regions
+from pq_fx.passes.regions import find_regions
 from pq_fx.passes.retrace import parameter_inputs, retrace
 from pq_fx.passes.rules import shape_of, source
 from pq_fx.plan import LinearFact, Plan
@@ -55,6 +55,11 @@ def inspect(
     with torch.no_grad(), _torch.every_graph() as breaks:
         try:
             compiled(*args, **kwargs)
+            if looker.graphs > 1:
+                # A first call may fill a cache in a way that breaks the graph (Z-Image's table of rotations).
+                looker = _Looker(watched)  # another backend: Dynamo traces anew
+                breaks.clear()
+                torch.compile(watched, backend=looker, dynamic=False)(*args, **kwargs)
         except GraphError:
             raise
         except Exception as error:
@@ -118,6 +123,7 @@ class _Looker:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     attention_flops: int = 0
     graphs: int = 0
+    bound: set[tuple[int, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.names: dict[int, str] = {}
@@ -128,18 +134,17 @@ class _Looker:
         traced = retrace(gm)
         params = {n: t for n, t in parameter_inputs(traced).items() if id(t) in self.names}
         found = find_regions(traced, params)
-        self.graphs += 1
         index = {n.name: i for i, n in enumerate(traced.graph.find_nodes(op="placeholder"))}
         gemms, attention = products(traced, set(params))
-        seen: set[tuple[int, ...]] = set()
         run = gm.forward
 
         def call(*args: Any) -> Any:
-            key = tuple(id(args[index[n]]) for n in params)
+            self.graphs += 1
+            key = (id(gm), *(id(args[index[n]]) for n in params))
             names = {n: self.names[id(args[index[n]])] for n in params}
-            if key not in seen:
-                seen.add(key)
-                self._add(found, names)
+            if key not in self.bound:
+                self.bound.add(key)
+                self.plan.add(found, names, frozenset(names.values()))
             self.attention_flops += attention
             for gemm in gemms:
                 name = names[gemm.weight]
@@ -148,9 +153,6 @@ class _Looker:
             return run(*args)
 
         return call
-
-    def _add(self, found: RegionMap, names: dict[str, str]) -> None:
-        self.plan.add(found, names, frozenset(names.values()))
 
     def result(
         self, model: str, config: QuantConfig, seconds: float, breaks: dict[str, int]

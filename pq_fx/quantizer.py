@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from pq_fx.config import QuantConfig
 from pq_fx.convert import convert
 from pq_fx.errors import CalibrationError, ConfigError
 from pq_fx.modules import quantized_linears
+from pq_fx.passes._torch import every_graph
 from pq_fx.report import Report
 
 log = logging.getLogger("pq_fx")
@@ -48,17 +50,44 @@ class Quantizer:
             )
         before = getattr(self.model, "_compiled_call_impl", None)
         calls = self._statistics.calls
-        handle = self.model.register_forward_hook(lambda *_: self.count_call())
         self.model.compile(backend=self.observer())
+        compiled = self.model._compiled_call_impl
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # Around the compiled call and not in a hook, which Dynamo would trace and guard.
+            nonlocal compiled
+            if self._came_in_pieces():
+                self._statistics.forget()
+                self.model.compile(backend=self.observer())  # another backend: Dynamo traces anew
+                compiled, self.model._compiled_call_impl = self.model._compiled_call_impl, call
+            result = compiled(*args, **kwargs)  # type: ignore[misc]
+            self.count_call()
+            return result
+
+        self.model._compiled_call_impl = call
         try:
-            yield self
+            with every_graph() as breaks:
+                yield self
         finally:
             self.model._compiled_call_impl = before
-            handle.remove()
+        for reason, count in breaks.items():
+            log.info("Dynamo broke the graph %d times, where regions end: %s", count, reason)
         if self._statistics.calls == calls:
             raise CalibrationError(
                 f"{type(self.model).__name__} was not called inside calibrate(); run the pipeline that uses it there"
             )
+
+    def _came_in_pieces(self) -> bool:
+        """Whether the one call so far was broken into several graphs.
+
+        A first call may fill a cache in a way that breaks the graph (Z-Image's table of rotations), which splits
+        regions and makes intermediate values look like inputs, and Dynamo would go on with the pieces. The second call
+        is watched anew; where it comes in pieces again, nothing but the first call's rows is lost.
+        """
+        pieces = self._statistics.graphs if self._statistics.calls == 1 else 1
+        if pieces > 1:
+            log.info("the first call came in %d graphs; calibration starts anew", pieces)
+        return pieces > 1
 
     def observer(self) -> Observer:
         """A Dynamo backend that gathers this quantizer's statistics."""

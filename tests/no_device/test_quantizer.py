@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import MODELS
 from torch import nn
 
 import pq_fx
@@ -230,3 +231,37 @@ def test_rules_and_skips(tiny_flux: Flux) -> None:
     )
     with torch.no_grad():
         assert torch.isfinite(model(**inputs).sample).all()
+
+
+def test_a_cold_first_call_does_not_split_regions() -> None:
+    """Z-Image fills its table of rotations in the first call, which breaks the graph; later calls are whole."""
+    plans = []
+    for warm in (True, False):
+        torch._dynamo.reset()
+        case = MODELS["zimage"]
+        model, inputs = case.build(case.tiny_config | {"n_layers": 1}), case.tiny_inputs()
+        with torch.no_grad():
+            if warm:
+                model(**inputs)
+            quantizer = pq_fx.prepare(model, CONFIG)
+            with quantizer.calibrate():
+                model(**inputs)
+                model(**inputs)
+        plans.append(quantizer.statistics())
+    hot, cold = plans
+    assert len(cold.bound) == len(hot.bound) == 1
+    assert cold.plan.linears == hot.plan.linears
+    assert {n: r.foldable for n, r in cold.plan.regions.items()} == {
+        n: r.foldable for n, r in hot.plan.regions.items()
+    }
+    counts = {n: (int(m.count), int(hot.moments[n].count)) for n, m in cold.moments.items()}
+    assert all(2 * one == both for one, both in counts.values())
+
+
+def test_calibration_compiles_once_for_equal_shapes(tiny_flux: Flux) -> None:
+    model, inputs = tiny_flux(layers=1, singles=1)
+    quantizer = pq_fx.prepare(model, CONFIG)
+    with quantizer.calibrate(), torch.no_grad():
+        for t in (0.1, 0.5, 0.9):
+            model(**inputs | {"timestep": torch.full_like(inputs["timestep"], t)})
+    assert quantizer.statistics().graphs == 1 and quantizer.statistics().calls == 3
