@@ -26,7 +26,7 @@ from pq_fx.kernels.reference import nvfp4_global_scale, permute_rotate, quantize
 from pq_fx.passes.choose import PointChoice, Settings, choose
 from pq_fx.passes.evaluate import GLOBAL_SCALE_ROOM
 from pq_fx.passes.fold import axis_index, fold_tensors
-from pq_fx.passes.lower import lower
+from pq_fx.passes.lower import REWRITES, Rewrite, lower
 from pq_fx.passes.observe import Moments
 from pq_fx.passes.regions import Point, Region, RegionMap, find_regions
 from pq_fx.passes.verify import verify_folds, verify_graph
@@ -43,13 +43,14 @@ def quantize_exported(
     rows: int = 1024,
     seed: int = 0,
     carrier: str = "codes",
+    rewrites: Sequence[Rewrite] = REWRITES,
 ) -> torch.export.ExportedProgram:
     """Quantize an exported program (`torch.export.export(model, ..., strict=False)`); the given one is unchanged.
 
     `calibration` yields tuples of positional arguments; `settings` are as for `choose`; `dynamic_shapes` are those of
     the new program, as for `torch.export.export`; `rows` and `seed` configure the sample; `carrier` is "codes", or
-    "e4m3" for a GPU with fp8 tensor cores. Raises GraphError when nothing can be quantized, CalibrationError when
-    the calibration data is missing or not finite.
+    "e4m3" for a GPU with fp8 tensor cores; `rewrites` are what lowering applies. Raises GraphError when nothing can
+    be quantized, CalibrationError when the calibration data is missing or not finite.
     """
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
@@ -95,7 +96,7 @@ def quantize_exported(
     gm.recompile()
     rewritten = _export(gm, arguments, dynamic_shapes).module(check_guards=False)
     assert isinstance(rewritten, fx.GraphModule)
-    lower(rewritten)
+    lower(rewritten, rewrites)
     verify_graph(rewritten)
     return _export(rewritten, arguments, dynamic_shapes)
 

@@ -8,8 +8,8 @@ is left: every order is an argument of a quantize kernel or already in the weigh
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -21,29 +21,36 @@ from pq_fx.passes.share_quantize import share_quantize
 
 @dataclass(frozen=True)
 class Lowered:
-    """How often each rewrite matched."""
+    """How often each rewrite matched; `others` are rewrites that are not pq_fx's, by function name."""
 
     shared: int
     norms: int
     acts: int
     merged: int
+    others: dict[str, int] = field(default_factory=dict)
 
 
-REWRITES: tuple[Callable[[fx.Graph], int], ...] = (
-    share_quantize,
-    fuse_norm,
-    fuse_act,
-    merge_linears,
-)
+Rewrite = Callable[[fx.Graph], int]
+REWRITES: tuple[Rewrite, ...] = (share_quantize, fuse_norm, fuse_act, merge_linears)
 
 
-def lower(gm: fx.GraphModule) -> Lowered:
-    """Apply the rewrites to a pre-dispatch ATen graph in place and clean up."""
-    counts = [rewrite(gm.graph) for rewrite in REWRITES]
+def lower(gm: fx.GraphModule, rewrites: Sequence[Rewrite] = REWRITES) -> Lowered:
+    """Apply the rewrites in order to a pre-dispatch ATen graph in place and clean up.
+
+    A rewrite of your own goes into the sequence: `lower(gm, (*REWRITES, mine))` (docs/reuse.md).
+    """
+    counts: dict[Rewrite, int] = {rewrite: rewrite(gm.graph) for rewrite in rewrites}
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
-    return Lowered(*counts)
+    others = {r.__name__: n for r, n in counts.items() if r not in REWRITES}
+    return Lowered(
+        shared=counts.get(share_quantize, 0),
+        norms=counts.get(fuse_norm, 0),
+        acts=counts.get(fuse_act, 0),
+        merged=counts.get(merge_linears, 0),
+        others=others,
+    )
 
 
 def quantized_operations(gm: fx.GraphModule) -> dict[str, int]:
