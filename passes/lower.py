@@ -1,8 +1,8 @@
 """Lowering a converted model's graph: what a quantizer reads is fused into the kernel that quantizes it.
 
-Each rewrite is a pass in a file of its own, whose docstring shows the graph before and after; they run in this order:
-`share_quantize` first, so that the fusions see one user; `fuse_norm`; `fuse_act`; `merge_linears`. No permute operation
-is left: every order is an argument of a quantize kernel or already in the weights.
+Each rewrite is a pass in a file of its own, whose docstring shows the graph before and after. They run in this order:
+`share_quantize` first, so that the fusions see one user; `fuse_norm`; `fuse_act`; `merge_linears`; `join_norms`. No
+permute operation is left: every order is an argument of a quantize kernel or already in the weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import fx
 
 from pq_fx.passes.fuse_act import fuse_act
 from pq_fx.passes.fuse_norm import fuse_norm
+from pq_fx.passes.join_norms import join_norms
 from pq_fx.passes.merge_linears import merge_linears
 from pq_fx.passes.share_quantize import share_quantize
 
@@ -27,11 +28,18 @@ class Lowered:
     norms: int
     acts: int
     merged: int
+    joined_norms: int
     others: dict[str, int] = field(default_factory=dict)
 
 
 Rewrite = Callable[[fx.Graph], int]
-REWRITES: tuple[Rewrite, ...] = (share_quantize, fuse_norm, fuse_act, merge_linears)
+REWRITES: tuple[Rewrite, ...] = (
+    share_quantize,
+    fuse_norm,
+    fuse_act,
+    merge_linears,
+    join_norms,
+)
 
 
 def lower(gm: fx.GraphModule, rewrites: Sequence[Rewrite] = REWRITES) -> Lowered:

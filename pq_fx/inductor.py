@@ -22,9 +22,16 @@ from pq_fx.kernels import ops
 from pq_fx.kernels.launch import recorded_launches
 from pq_fx.passes import _torch
 
-# Never benchmark templates against cuBLAS for the fp8 GEMM: torch does so by default for _scaled_mm, takes minutes
-# for a large model, and cuBLAS wins at these shapes.
-PATCHES: dict[str, Any] = {"max_autotune_gemm_backends": "ATEN"}
+# Settings of Inductor for quantized graphs; the user's options go before them.
+PATCHES: dict[str, Any] = {
+    # Never benchmark templates against cuBLAS for the fp8 GEMM: torch does so by default for _scaled_mm, takes
+    # minutes for a large model, and cuBLAS wins at these shapes.
+    "max_autotune_gemm_backends": "ATEN",
+    # Norm, concatenation and rotary embedding of joint attention read more tensors than the default allows in one
+    # kernel (4 reads, 30 operations).
+    "realize_reads_threshold": 8,
+    "realize_opcount_threshold": 64,
+}
 
 
 def _take_apart(launcher: Any) -> Any:
