@@ -57,6 +57,7 @@ def lower(gm: fx.GraphModule, rewrites: Sequence[Rewrite] = REWRITES) -> Lowered
         norms=counts.get(fuse_norm, 0),
         acts=counts.get(fuse_act, 0),
         merged=counts.get(merge_linears, 0),
+        joined_norms=counts.get(join_norms, 0),
         others=others,
     )
 
