@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,14 @@ class Axis:
         return np.arange(self.first, self.first + self.size)
 
 
+class Tag(NamedTuple):
+    """What tells channels apart: atoms, the coordinate of each, and the node that does it."""
+
+    labels: Labels
+    coordinate: np.ndarray
+    node: str
+
+
 @dataclass
 class Channels:
     """What propagation found; atoms are numbered 0..atoms-1 and `of` maps an atom to its class.
@@ -62,10 +70,22 @@ class Channels:
     normed: np.ndarray
     reasons: list[str]
     inputs: dict[fx.Node, Labels] = field(default_factory=dict)
+    tags: list[Tag] = field(default_factory=list)
 
     def classes(self, param: str, axis: int) -> Labels:
         """The classes of a parameter's axis in order, int64 [size]."""
         return self.of[self.axes[param, axis].atoms]
+
+    def separators(self, classes: np.ndarray) -> list[str]:
+        """The nodes that tell some of these classes apart, in the order of the graph."""
+        wanted = np.zeros(self.kind.size, bool)
+        wanted[classes] = True
+        found: dict[str, None] = {}
+        for tag in self.tags:
+            here = tag.coordinate[wanted[self.of[tag.labels]]]
+            if here.size and here.min() != here.max():
+                found.setdefault(tag.node)
+        return list(found)
 
 
 class Propagation:
@@ -81,10 +101,11 @@ class Propagation:
         self._count = 0
         self._equal: list[tuple[Labels, Labels]] = []
         self._pins: list[tuple[Labels, int]] = []
-        self._tags: list[tuple[Labels, Labels]] = []
+        self._tags: list[Tag] = []
         self._normed: list[Labels] = []
         self._reasons: dict[str, int] = {}
         self._late_pins: list[tuple[str, str]] = []
+        self.node = ""  # the node whose rule is at work
 
     # atoms ------------------------------------------------------------------------------------------------
 
@@ -135,15 +156,18 @@ class Propagation:
         shape = [n if i in kept else 1 for i, n in enumerate(labels.shape)]
         if np.prod(shape) > 1:
             coordinate = np.arange(np.prod(shape)).reshape(shape)
-            self._tags.append((labels.ravel(), np.broadcast_to(coordinate, labels.shape).ravel()))
+            self.tag(labels, np.broadcast_to(coordinate, labels.shape))
+
+    def tag(self, labels: Labels, coordinate: np.ndarray) -> None:
+        """Channels with different coordinates (int64, of the labels' shape) may not be exchanged."""
+        self._tags.append(Tag(labels.ravel(), coordinate.ravel(), self.node))
 
     def pieces(self, labels: Labels, axis: int, sizes: list[int]) -> None:
         """Channels in different pieces along `axis` may not be exchanged."""
         piece = np.repeat(np.arange(len(sizes)), sizes)
         shape = [1] * labels.ndim
         shape[axis] = -1
-        coordinate = np.broadcast_to(piece.reshape(shape), labels.shape)
-        self._tags.append((labels.ravel(), coordinate.ravel()))
+        self.tag(labels, np.broadcast_to(piece.reshape(shape), labels.shape))
 
     def saw_norm(self, labels: Labels | None) -> None:
         """A norm (or another reduction over all channels) sees these channels."""
@@ -171,15 +195,18 @@ class Propagation:
             np.add.at(
                 kind, of[space.atoms], _mix(np.uint64(2 * i + 1), np.zeros(space.size, np.uint64))
             )
-        for i, (labels, coordinate) in enumerate(self._tags):
-            np.add.at(kind, of[labels], _mix(np.uint64(2 * i + 2), coordinate.astype(np.uint64)))
+        for i, tag in enumerate(self._tags):
+            mixed = _mix(np.uint64(2 * i + 2), tag.coordinate.astype(np.uint64))
+            np.add.at(kind, of[tag.labels], mixed)
         pinned = np.full(n, -1, np.int64)
         for labels, reason_index in reversed(self._pins):
             pinned[of[labels]] = reason_index
         normed = np.zeros(n, bool)
         for labels in self._normed:
             normed[of[labels]] = True
-        return Channels(self.axes, of, kind, pinned, normed, list(self._reasons), self.inputs)
+        return Channels(
+            self.axes, of, kind, pinned, normed, list(self._reasons), self.inputs, self._tags
+        )
 
 
 def _mix(source: np.uint64, coordinate: np.ndarray) -> np.ndarray:
@@ -210,6 +237,7 @@ def propagate(gm: fx.GraphModule, params: Mapping[str, torch.Tensor | torch.Size
                 raise GraphError(
                     f"node {node.name} has no meta['val']; run retrace or torch.export first"
                 )
+            state.node = node.name
             state.values[node] = apply_rule(state, node)
         elif node.op == "output":
             for value in node.all_input_nodes:

@@ -96,7 +96,7 @@ class RegionChoice:
 
     fold: np.ndarray | None  # int64 [C], for fold.fold_tensors
     points: dict[str, PointChoice]
-    absorb: dict[str, str]  # "fold" | "norm" | "quantize" | "none"
+    absorb: dict[str, str]  # "fold" | "stream" | "norm" | "quantize" | "none"
     alpha: float | None
     accepted: bool
     rotation: int
@@ -281,7 +281,7 @@ def _result(
             perm = after_fold(folded, option.order)
             absorb[point.name] = point.absorb
         else:
-            absorb[point.name] = "none" if folded is None else "fold"
+            absorb[point.name] = "none" if folded is None else region.fold_name
         points[point.name] = PointChoice(perm, option.rotation, option.clip)
         before = errors[point.name](None, 0).held
         after = errors[point.name](option.order, option.rotation, option.clip).held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,8 @@ import sympy
 from pq_fx.passes._torch import dim_expr
 
 Labels = np.ndarray
+# So many tokens are spelled out where a reshape merges them with channels; sequences are not, modulation rows are.
+MAX_SPREAD = 64
 
 
 def groups(before: tuple[Any, ...], after: tuple[Any, ...]) -> list[tuple[list[int], list[int]]]:
@@ -57,6 +60,7 @@ def reshape_labels(
 ) -> Labels | None:
     """The labels of a reshaped value, or None where channels and tokens are merged into one axis."""
     shape: dict[int, int] = {}
+    spread: dict[int, int] = {}
     order: list[int] = []
     for old, new in groups(before, after):
         sizes = [labels.shape[i] for i in old]
@@ -66,9 +70,19 @@ def reshape_labels(
             isinstance(after[j], int) for j in new
         ):
             shape.update({j: after[j] for j in new})
+        elif all(isinstance(n, int) for n in (*(before[i] for i in old), *(after[j] for j in new))):
+            tokens = [i for i, n in zip(old, sizes, strict=True) if n == 1 and before[i] != 1]
+            if math.prod(before[i] for i in tokens) > MAX_SPREAD:
+                return None
+            # Few tokens of known number beside channels (modulation rows): spell every token out.
+            spread.update({i: int(before[i]) for i in tokens})
+            shape.update({j: after[j] for j in new})
         else:
             return None
         order += new
+    if spread:
+        full = [spread.get(i, n) for i, n in enumerate(labels.shape)]
+        labels = np.ascontiguousarray(np.broadcast_to(labels, full))
     return labels.reshape([shape[j] for j in range(len(after))])
 
 

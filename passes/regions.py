@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,8 @@ class Region:
 
     `blocks[c]` numbers the sets of exchangeable channels, -1 for a channel that may not move by folding.
     `columns[point][k]` is the channel that column k of the point's linears holds.
-    `reasons` says, for what may not fold, why.
+    `reasons` says, for what may not fold, why. `stream` says that norms see these channels and several points
+    read them: a residual stream, for which one permutation is a compromise between its readers.
     """
 
     name: str
@@ -61,6 +63,12 @@ class Region:
     columns: dict[str, np.ndarray]
     axes: tuple[FoldAxis, ...] = ()
     reasons: tuple[str, ...] = ()
+    stream: bool = False
+
+    @property
+    def fold_name(self) -> str:
+        """What absorbs a permutation that costs nothing: "stream" or "fold"."""
+        return "stream" if self.stream else "fold"
 
     @property
     def foldable(self) -> bool:
@@ -145,14 +153,14 @@ def _group(points: list[Point], channels: Channels, linears: dict[str, Linear]) 
 
     region_of = np.full(channels.kind.size, -1, np.int64)
     channel_of = np.full(channels.kind.size, -1, np.int64)
-    drafts: list[tuple[list[Point], np.ndarray, dict[str, np.ndarray], tuple[str, ...]]] = []
+    drafts: list[Region] = []
     for r, members in enumerate(groups.values()):
         held = np.concatenate([classes[p.name] for p in members])
         if not movable[held].any():
             k = members[0].channels
-            drafts.append(
-                (members, np.full(k, -1), {members[0].name: np.arange(k)}, _reasons(held, channels))
-            )
+            where = {members[0].name: np.arange(k)}
+            stay = np.full(k, -1)
+            drafts.append(_region(members, stay, where, reasons=_reasons(held, channels)))
             continue
         _, first = np.unique(held, return_index=True)
         order = held[np.sort(first)]
@@ -163,7 +171,9 @@ def _group(points: list[Point], channels: Channels, linears: dict[str, Linear]) 
             channels.kind[order[movable[order]]], return_inverse=True
         )
         where = {p.name: channel_of[classes[p.name]].copy() for p in members}
-        drafts.append((members, blocks, where, _reasons(held, channels)))
+        stream = len(members) > 1 and bool(channels.normed[order[movable[order]]].any())
+        reasons = _pins(held, channels)
+        drafts.append(_region(members, blocks, where, reasons=reasons, stream=stream))
 
     axes: dict[int, list[FoldAxis]] = {}
     for (param, axis), space in channels.axes.items():
@@ -172,14 +182,17 @@ def _group(points: list[Point], channels: Channels, linears: dict[str, Linear]) 
             if r >= 0:
                 here = np.where(region_of[own] == r, channel_of[own], -1)
                 axes.setdefault(int(r), []).append(FoldAxis(param, axis, here))
-    return [
-        Region(members[0].name, tuple(members), blocks, where, tuple(axes.get(r, ())), reasons)
-        for r, (members, blocks, where, reasons) in enumerate(drafts)
-    ]
+    return [replace(draft, axes=tuple(axes.get(r, ()))) for r, draft in enumerate(drafts)]
+
+
+def _region(
+    members: list[Point], blocks: np.ndarray, columns: dict[str, np.ndarray], **rest: Any
+) -> Region:
+    return Region(members[0].name, tuple(members), blocks, columns, **rest)
 
 
 def _movable(points: list[Point], classes: dict[str, np.ndarray], channels: Channels) -> np.ndarray:
-    """Which classes may be moved by folding: unpinned, with a like class to change places with, not the stream's."""
+    """Which classes may be moved by folding: unpinned, with a like class to change places with."""
     held = (
         np.unique(np.concatenate([classes[p.name] for p in points]))
         if points
@@ -187,20 +200,17 @@ def _movable(points: list[Point], classes: dict[str, np.ndarray], channels: Chan
     )
     movable = np.zeros(channels.kind.size, bool)
     free = held[channels.pinned[held] < 0]
-    kinds, inverse, counts = np.unique(channels.kind[free], return_inverse=True, return_counts=True)
-    readers = np.zeros(kinds.size, np.int64)
-    for p in points:
-        present = np.unique(channels.kind[classes[p.name]])
-        readers[np.isin(kinds, present)] += 1
-    normed = np.zeros(kinds.size, bool)
-    np.logical_or.at(normed, inverse, channels.normed[free])
-    # A space that a norm sees and several points read is a residual stream: one order for all is a compromise, so
-    # each point gathers its own instead.
-    stream = normed & (readers > 1)
-    movable[free] = ((counts > 1) & ~stream)[inverse]
+    _, inverse, counts = np.unique(channels.kind[free], return_inverse=True, return_counts=True)
+    movable[free] = (counts > 1)[inverse]
     return movable
 
 
 def _reasons(held: np.ndarray, channels: Channels) -> tuple[str, ...]:
+    """Why these classes stay where they are: what pins them, else what tells them apart."""
+    apart = channels.separators(held)[:3] if held.size > 1 else []
+    return _pins(held, channels) or tuple(f"{n} tells its channels apart" for n in apart)
+
+
+def _pins(held: np.ndarray, channels: Channels) -> tuple[str, ...]:
     indices = np.unique(channels.pinned[held])
     return tuple(channels.reasons[i] for i in indices if i >= 0)

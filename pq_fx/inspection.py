@@ -163,7 +163,7 @@ class _Looker:
         where: dict[str, tuple[str | None, str | None, str | None]] = {}
         for region in self.plan.regions.values():
             for point in region.points:
-                absorb = "fold" if region.foldable else point.absorb
+                absorb = region.fold_name if region.foldable else point.absorb
                 where.update({name: (region.name, point.name, absorb) for name in point.linears})
         rows = []
         for name, flops in self.flops.items():
@@ -237,7 +237,11 @@ def _packed_bytes(row: LinearInspection) -> int:
     packed = row.out_features * (
         fmt.packed_bytes(row.in_features) + fmt.groups(row.in_features) * scale
     )
-    order = 4 * row.in_features if row.point == f"{row.fqn}.weight" and row.absorb != "fold" else 0
+    order = (
+        4 * row.in_features
+        if row.point == f"{row.fqn}.weight" and row.absorb not in ("fold", "stream")
+        else 0
+    )
     return packed + order + (4 if fmt.two_level else 0)
 
 

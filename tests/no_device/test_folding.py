@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,8 +61,8 @@ def test_flux_random_folds_change_nothing(
     model, inputs = tiny_flux(dtype)
     gm, params, found, names = regions_of(model, inputs)
     foldable = [r for r in found.regions if r.foldable]
-    # 3 embedders; AdaLN's shared input; 2 joint attentions; 4 MLPs of the double blocks; 2 single blocks
-    assert len(foldable) == 3 + 1 + 2 + 4 + 2
+    # 3 embedders; AdaLN's shared input; 2 joint attentions; 4 MLPs of the double blocks; 2 single blocks; the stream
+    assert len(foldable) == 3 + 1 + 2 + 4 + 2 + 1
     rng = np.random.default_rng(1)
     perms = {r.name: random_perm(r, rng) for r in foldable}
     moved = [r for r in foldable if (perms[r.name] != np.arange(r.blocks.size)).mean() > 0.8]
@@ -115,6 +116,37 @@ def test_flux_streams_of_joint_attention_share_one_permutation(tiny_flux: Flux) 
     with torch.no_grad():
         want, got = model(**inputs).sample, wrong(**inputs).sample
     assert ((got - want).norm() / want.norm()).item() > 1e-3
+
+
+def test_the_residual_stream_is_one_region(tiny_flux: Flux) -> None:
+    """Both streams share it, because the single blocks join them; one writer left out is another network."""
+    model, inputs = tiny_flux(torch.float64)
+    gm, params, found, names = regions_of(model, inputs)
+    (region,) = [r for r in found.regions if r.stream]
+    assert region.fold_name == "stream" and np.unique(region.blocks).size == 1
+    held = {(names[a.param], a.axis) for a in region.axes}
+    writers = {("x_embedder.weight", 0), ("context_embedder.weight", 0)}
+    for kind, count in (("transformer_blocks", 2), ("single_transformer_blocks", 2)):
+        for i in range(count):
+            out = ("attn.to_out.0", "attn.to_add_out") if kind[0] == "t" else ("proj_out",)
+            writers |= {(f"{kind}.{i}.{name}.weight", 0) for name in out}
+    readers = {("transformer_blocks.1.attn.add_q_proj.weight", 1), ("proj_out.weight", 1)}
+    modulation = {("transformer_blocks.0.norm1.linear.weight", 0), ("norm_out.linear.weight", 0)}
+    assert writers | readers | modulation <= held
+    perm = random_perm(region, np.random.default_rng(4))
+    whole, broken = copy.deepcopy(model), copy.deepcopy(model)
+    apply(whole, region, perm, names)
+    left_out = "single_transformer_blocks.0.proj_out.weight"
+    axes = tuple(a for a in region.axes if names[a.param] != left_out)
+    apply(broken, replace(region, axes=axes), perm, names)
+    with torch.no_grad():
+        want = model(**inputs).sample
+        got, wrong = whole(**inputs).sample, broken(**inputs).sample
+    assert ((got - want).norm() / want.norm()).item() < 1e-12
+    assert ((wrong - want).norm() / want.norm()).item() > 1e-3
+    verify_folds(gm, params, [region], {region.name: perm})
+    with pytest.raises(GraphError, match="not closed at"):
+        verify_folds(gm, params, [replace(region, axes=axes)], {region.name: perm})
 
 
 def test_verify_catches_independent_streams(tiny_flux: Flux) -> None:
