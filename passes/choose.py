@@ -28,8 +28,9 @@ from pq_fx.passes.candidates import (
     regroups,
     rotation_size,
 )
-from pq_fx.passes.evaluate import PointErrors, halves, second_moments
+from pq_fx.passes.evaluate import GLOBAL_SCALE_ROOM, PointErrors, halves, second_moments
 from pq_fx.passes.observe import Moments
+from pq_fx.passes.refine import refine
 from pq_fx.passes.regions import Point, Region
 
 
@@ -47,10 +48,14 @@ class Settings:
         gather_margin: a gather must lower the error by more than this part of the best error that
             needs none.
         weight_search: ratios that are tried for every scale of the weights, as at packing.
+        weight_part: what remains of the weights' rounding errors (an amplitude, 1 = all), where
+            error-compensating rounding follows: candidates are compared by what will be left.
+        half_rotate: try rotations of half a group too.
+        refine: swaps that every group tries on top of the best order; 0 = none.
         clips: ratios of which each point's quantizer gets the best one, a constant that its scales
             are made smaller (or larger) by. Rotated channels are bell-shaped and rarely reach
             their largest magnitude, so that finer steps pay for clipping.
-        seed: reserved for candidates drawn at random; the present ones draw nothing.
+        seed: of the swaps.
         fit_rows, held_rows: at most so many sampled rows measure errors in each half.
     """
 
@@ -62,6 +67,9 @@ class Settings:
     tau: float = 0.0
     gather_margin: float = 0.05
     weight_search: tuple[float, ...] = ()
+    weight_part: float = 1.0
+    half_rotate: bool = False
+    refine: int = 0
     clips: tuple[float, ...] = ()
     seed: int = 0
     fit_rows: int = 256
@@ -143,11 +151,13 @@ def choose(
     """
     errors: dict[str, PointErrors] = {}
     seconds: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    fitting: dict[str, Tensor] = {}
     enough = True
     for point in region.points:
         fit, held = halves(point, moments, weights)
         enough = enough and len(fit) > 0 and len(held) > 0
         seconds[point.name] = second_moments(point, fit, weights)
+        fitting[point.name] = fit
         fit, held = fit[: settings.fit_rows], held[: settings.held_rows]
         errors[point.name] = PointErrors(
             torch.cat([fit, held]),
@@ -156,12 +166,16 @@ def choose(
             settings.weight,
             None if point.one_row else settings.activation,
             settings.weight_search,
+            settings.weight_part,
         )
     keep = _Plan(None, None, {p.name: _KEEP for p in region.points})
     if not enough:
         return _result(region, errors, keep, keep, "kept: too few rows to fit and to accept on")
     best = _best(region, errors, seconds, settings)
     best = best._replace(options=_clipped(region, errors, best, settings))
+    if settings.refine and settings.activation is not None:
+        best = _refined(region, errors, best, fitting, seconds, settings)
+        best = best._replace(options=_clipped(region, errors, best, settings))
     if not any(o.changes for o in best.options.values()):
         return _result(region, errors, keep, keep, "kept: no candidate has less error")
     before, after = _held(errors, keep), _held(errors, best)
@@ -243,11 +257,66 @@ def _clipped(
     return options
 
 
+def _refined(
+    region: Region,
+    errors: Mapping[str, PointErrors],
+    plan: _Plan,
+    fitting: Mapping[str, Tensor],
+    seconds: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    settings: Settings,
+) -> _Plan:
+    """The plan with orders improved by swaps: by folding where one point owns the region, else by
+    gathers, where they are better by the margin."""
+    assert settings.activation is not None
+    options, fold = dict(plan.options), plan.fold
+    for point in region.points:
+        if point.one_row:
+            continue
+        own = options[point.name]
+        start = np.arange(point.channels) if own.order is None else own.order
+        columns = region.columns[point.name]
+        alone = len(region.points) == 1 and np.array_equal(
+            np.sort(columns), np.arange(len(columns))
+        )
+        tried = [own]
+        for free in (False, True) if alone and region.foldable and not own.gather else (True,):
+            order = refine(
+                fitting[point.name][: settings.fit_rows],
+                torch.from_numpy(seconds[point.name][1]).to(fitting[point.name]),
+                start,
+                None if free else _homes(region.blocks[columns]),
+                settings.activation,
+                rotation=own.rotation,
+                clip=own.clip,
+                steps=settings.refine,
+                room=GLOBAL_SCALE_ROOM,
+                seed=settings.seed,
+            )
+            if not np.array_equal(order, start):
+                tried.append(own._replace(order=order, gather=free))
+        best = _least(errors[point.name], tried, settings.gather_margin)
+        options[point.name] = best
+        if best is not own and not best.gather:
+            assert best.order is not None
+            fold = np.empty_like(columns)
+            fold[columns] = columns[best.order]
+    return _Plan(fold, plan.alpha, options)
+
+
+def _homes(blocks: np.ndarray) -> np.ndarray:
+    """Blocks by column, where every column that may not move is a block of its own."""
+    homes = blocks.copy()
+    fixed = np.flatnonzero(blocks < 0)
+    homes[fixed] = blocks.max(initial=-1) + 1 + np.arange(fixed.size)
+    return homes
+
+
 def _rotations(point: Point, settings: Settings) -> tuple[int, ...]:
     if not settings.rotate or point.one_row or settings.activation is None:
         return (0,)
     groups = (settings.activation.group_size, settings.weight.group_size)
-    return (0, rotation_size(point.channels, groups))
+    size = rotation_size(point.channels, groups)
+    return (0, size, size // 2) if settings.half_rotate and size > 2 else (0, size)
 
 
 def _least(measure: PointErrors, options: Sequence[_Option], margin: float = 0.0) -> _Option:
@@ -283,7 +352,7 @@ def _result(
         else:
             absorb[point.name] = "none" if folded is None else region.fold_name
         points[point.name] = PointChoice(perm, option.rotation, option.clip)
-        before = errors[point.name](None, 0).held
+        before = errors[point.name].original().held
         after = errors[point.name](option.order, option.rotation, option.clip).held
         for name in point.linears:
             found[name] = LinearError(before[name], after[name])

@@ -44,6 +44,7 @@ class PointErrors:
         weights: name -> float [N, K], as they stand in the model; rows and weights on one device.
         activation: format of X, or None: X stays as it is.
         weight_search: ratios that are tried for every scale of the weights (`quantize`).
+        weight_part: amplitude of the weights' rounding errors that counts, 1 = all.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class PointErrors:
         weight_format: Format,
         activation: Format | None,
         weight_search: Sequence[float] = (),
+        weight_part: float = 1.0,
     ) -> None:
         self.rows = rows
         self.fitted = fitted
@@ -61,6 +63,7 @@ class PointErrors:
         self.weight_format = weight_format
         self.activation = activation
         self.weight_search = weight_search
+        self.weight_part = weight_part
         self._known: dict[tuple[bytes, int, float], Errors] = {}
 
     def __call__(self, order: np.ndarray | None, rotation: int, clip: float = 1.0) -> Errors:
@@ -73,14 +76,24 @@ class PointErrors:
             self._known[key] = self._measure(order, rotation, clip)
         return self._known[key]
 
+    def original(self) -> Errors:
+        """Errors in the model's own order, with all of the weights' errors."""
+        if self.weight_part == 1.0:
+            return self(None, 0)
+        part, self.weight_part = self.weight_part, 1.0
+        try:
+            return self._measure(None, 0, 1.0)
+        finally:
+            self.weight_part = part
+
     def _measure(self, order: np.ndarray | None, rotation: int, clip: float) -> Errors:
         perm = None if order is None else torch.from_numpy(order).to(self.rows.device)
         x = permute_rotate(self.rows, perm, rotation)
         if self.activation is not None:
             room = x.abs().amax() * GLOBAL_SCALE_ROOM
-            ratios = () if clip == 1.0 else (clip,)
+            ratio = None if clip == 1.0 else torch.tensor(clip, device=x.device)
             scale = _scale(room, self.activation)
-            x = fake_quantize(x, self.activation, global_scale=scale, scale_search=ratios)
+            x = fake_quantize(x, self.activation, global_scale=scale, clip=ratio)
         errors = Errors({}, {})
         with exact_matmul():
             for name, weight in self.weights.items():
@@ -106,8 +119,10 @@ class PointErrors:
         whole = torch.zeros_like(lost)
         for chunk in chunks:
             w = chunk.float()
-            q = permute_rotate(w, perm, rotation)
-            q = fake_quantize(q, fmt, global_scale=scale, scale_search=self.weight_search)
+            exact = permute_rotate(w, perm, rotation)
+            q = fake_quantize(exact, fmt, global_scale=scale, scale_search=self.weight_search)
+            if self.weight_part != 1.0:
+                q = torch.lerp(exact.to(q), q, self.weight_part)
             y = self.rows @ w.T
             error = torch.addmm(y, x, q.T, alpha=-1)
             for sums, values in ((lost, error), (whole, y)):

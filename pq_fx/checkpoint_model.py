@@ -121,6 +121,7 @@ def build_linears(plan: Plan, tensor: Callable[[str, str], Tensor]) -> dict[str,
                 tensor(f"{shared}.perm", fqn) if made.perm else None,
                 tensor(f"{shared}.global_scale", fqn) if made.global_scale else None,
                 tensor(f"{shared}.clip", fqn) if made.clip else None,
+                tensor(f"{shared}.smooth", fqn) if made.smooth else None,
             )
         two_level = Format.parse(entry.weight_format).two_level
         linears[fqn] = QuantLinear(
@@ -132,6 +133,8 @@ def build_linears(plan: Plan, tensor: Callable[[str, str], Tensor]) -> dict[str,
             tensor(f"{fqn}.weight_global_scale", fqn) if two_level else None,
             tensor(f"{fqn}.bias", fqn) if entry.bias else None,
             None if shared is None else quantizers[shared],
+            tensor(f"{fqn}.low_rank_up", fqn) if entry.low_rank else None,
+            tensor(f"{fqn}.low_rank_down", fqn) if entry.low_rank else None,
         )
     return linears
 

@@ -26,6 +26,7 @@ class LayerEntry:
     weight_format: str
     bias: bool
     input_quantizer: str | None
+    low_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class QuantizerEntry:
     perm: bool
     global_scale: bool
     clip: bool = False
+    smooth: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Plan:
                     quantizer.perm is not None,
                     quantizer.global_scale is not None,
                     quantizer.clip is not None,
+                    quantizer.smooth is not None,
                 )
             layers[fqn] = LayerEntry(
                 linear.in_features,
@@ -71,6 +74,7 @@ class Plan:
                 linear.weight_format,
                 linear.bias is not None,
                 name,
+                0 if linear.low_rank_up is None else linear.low_rank_up.shape[1],
             )
         return cls(layers, quantizers)
 
@@ -160,6 +164,9 @@ class Plan:
                 result[f"{fqn}.weight_global_scale"] = torch.float32, ()
             if layer.bias:
                 result[f"{fqn}.bias"] = None, (rows,)
+            if layer.low_rank:
+                result[f"{fqn}.low_rank_up"] = None, (rows, layer.low_rank)
+                result[f"{fqn}.low_rank_down"] = None, (layer.low_rank, layer.in_features)
         for name, quantizer in self.quantizers.items():
             if quantizer.perm:
                 result[f"{name}.perm"] = torch.int32, (quantizer.channels,)
@@ -167,6 +174,8 @@ class Plan:
                 result[f"{name}.global_scale"] = torch.float32, ()
             if quantizer.clip:
                 result[f"{name}.clip"] = torch.float32, ()
+            if quantizer.smooth:
+                result[f"{name}.smooth"] = torch.float32, (quantizer.channels,)
         return result
 
     def check_tensors(self, tensors: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> None:

@@ -6,36 +6,31 @@ Names follow torchao where it has them (rules are its ``FqnToConfig``) and diffu
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-from pq_fx.errors import ConfigError, FormatError
-from pq_fx.kernels.formats import FORMAT_NAMES, Format, get_format
+from pq_fx.config_values import (
+    SKIP_LIST,
+    fractions,
+    integer,
+    listed,
+    module_names,
+    named_format,
+    number,
+    parsed_format,
+    plain_copy,
+    rule_pairs,
+)
+from pq_fx.errors import ConfigError
+from pq_fx.kernels.formats import FORMAT_NAMES, Format
+from pq_fx.methods import METHODS, Method, with_parts
 
 SAME = "same"
 DEFAULT_RULE = "_default"
 REGEX_PREFIX = "re:"
 
-
-class Method(NamedTuple):
-    """What a method does to the channels of a linear's input before they are quantized."""
-
-    sort: bool  # reorder by the joint second moment (PermuQuant, section 4.1)
-    rotate: bool  # then a block-Hadamard rotation inside each group (the paper's "-H")
-    compensate: bool = False  # weights rounded so that errors cancel on the sampled rows (GPTQ)
-    search: bool = False  # weight scales searched
-
-
-METHODS: dict[str, Method] = {
-    "rtn": Method(sort=False, rotate=False),
-    "convrot": Method(sort=False, rotate=True),
-    "permuquant": Method(sort=True, rotate=False),
-    "permuquant-h": Method(sort=True, rotate=True),
-    "best": Method(sort=True, rotate=True, compensate=True, search=True),
-}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "w4a4-int4": {"format": "int4", "activation_format": SAME},
@@ -52,8 +47,7 @@ PRESETS["w4a8"] = PRESETS["w4a8-int4"]
 # without them starts from that format's defaults.
 _FORMAT_FIELDS = ("group_size", "scale")
 _ACTIVATION_FIELDS = ("activation_group_size",)
-_SKIP_LIST = "modules_to_not_convert"
-_NOT_IN_RULES = ("rules", _SKIP_LIST)
+_NOT_IN_RULES = ("rules", SKIP_LIST)
 
 
 @dataclass(frozen=True)
@@ -67,9 +61,14 @@ class QuantConfig:
         activation_format: "same" as the weights, another format, or None for 16-bit activations.
         activation_group_size: None = the weights' for "same", else that format's default.
         scale: "bf16" or "pow2" scales of int4 and int3; None = the format's default.
-        method: "rtn" (round to nearest), "convrot" (rotation only), "permuquant" (sort),
-            "permuquant-h" (sort, then rotation), "best" (permuquant-h, and weights rounded with
-            error compensation and searched scales: dearer to convert, nothing at run time).
+        method: "rtn" (round to nearest), "smoothquant", "svdquant" (smoothing and a 16-bit branch
+            of rank 32), "convrot" (rotation only), "permuquant" (sort), "permuquant-h" (sort, then
+            rotation), "best" (permuquant-h with refined orders, clipped activations, weights
+            rounded with error compensation and searched scales: dearer to convert, nothing at run
+            time). pq_fx/methods.py has the table.
+        parts: entries of the method's row to change, e.g. ``{"clip": False}``.
+        budget_bits: average bits a weight may take, scales included; layers then get int3, int4 or
+            int8 weights by their measured sensitivity (`format` is what a layer starts from).
         weight_only_format: of linears that see one row a sample (timestep, modulation, pooled
             text): they are limited by reading weights, so their input stays in 16 bits.
         rules: settings of single layers: ``{"exact.name" | "re:regex" | "_default": value}``, value
@@ -96,6 +95,8 @@ class QuantConfig:
     activation_group_size: int | None = None
     scale: str | None = None
     method: str = "permuquant-h"
+    parts: Mapping[str, Any] | None = field(default=None, hash=False)
+    budget_bits: float | None = None
     weight_only_format: str = "int4"
     rules: Mapping[str, Any] | None = field(default=None, hash=False)
     modules_to_not_convert: tuple[str, ...] = ()
@@ -108,20 +109,23 @@ class QuantConfig:
     methods: ClassVar[Mapping[str, Method]] = METHODS
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
+        _ = self.recipe
+        if self.parts is not None:
+            self._set("parts", dict(self.parts))
         self._spread_format_key()
         _ = self.weight, self.activation, self.weight_only  # raise here, not at the first use
-        self._set("alphas", _fractions("alphas", self.alphas))
+        self._set("alphas", fractions("alphas", self.alphas))
         if self.sort and not self.alphas:
             raise ConfigError(
                 f"method {self.method!r} sorts channels and needs at least one value in `alphas`"
             )
-        _number("tau", self.tau, 0.0, 1.0)
-        _number("gather_margin", self.gather_margin, 0.0, 1.0)
-        _integer("calibration_rows", self.calibration_rows, 2)  # one to fit on, one to accept on
-        _integer("seed", self.seed, 0)
-        self._set("modules_to_not_convert", _names(self.modules_to_not_convert))
+        number("tau", self.tau, 0.0, 1.0)
+        number("gather_margin", self.gather_margin, 0.0, 1.0)
+        integer("calibration_rows", self.calibration_rows, 2)  # one to fit on, one to accept on
+        integer("seed", self.seed, 0)
+        if self.budget_bits is not None:
+            number("budget_bits", self.budget_bits, 3.0, 16.0)
+        self._set("modules_to_not_convert", module_names(self.modules_to_not_convert))
         if self.rules is not None:
             self._set("rules", self._checked_rules(self.rules))
 
@@ -132,10 +136,10 @@ class QuantConfig:
 
     def _spread_format_key(self) -> None:
         if not isinstance(self.format, str):
-            raise ConfigError(f"format is {self.format!r}; expected one of {_known(FORMAT_NAMES)}")
+            raise ConfigError(f"format is {self.format!r}; expected one of {listed(FORMAT_NAMES)}")
         if ":" not in self.format:
             return
-        whole = _parse("format", self.format)
+        whole = parsed_format("format", self.format)
         for name, inside in (("group_size", whole.group_size), ("scale", whole.scale)):
             given = getattr(self, name)
             if given is not None and given != inside:
@@ -148,7 +152,7 @@ class QuantConfig:
     @property
     def weight(self) -> Format:
         """Format of the weights."""
-        return _format("format", self.format, self.group_size, self.scale)
+        return named_format("format", self.format, self.group_size, self.scale)
 
     @property
     def activation(self) -> Format | None:
@@ -165,40 +169,45 @@ class QuantConfig:
         if name == SAME:
             weight = self.weight
             size = weight.group_size if group is None else group
-            return _format("activation_format", weight.name, size, weight.scale)
+            return named_format("activation_format", weight.name, size, weight.scale)
         if isinstance(name, str) and ":" in name:
-            whole = _parse("activation_format", name)
+            whole = parsed_format("activation_format", name)
             if group is not None and group != whole.group_size:
                 raise ConfigError(
                     f"activation_format {name!r} contradicts activation_group_size={group!r}; "
                     "give one of the two"
                 )
             return whole
-        return _format("activation_format", name, group, None)
+        return named_format("activation_format", name, group, None)
 
     @property
     def weight_only(self) -> Format:
         """Weight format of linears that see one row a sample; their input stays in 16 bits."""
         name = self.weight_only_format
         if isinstance(name, str) and ":" in name:
-            return _parse("weight_only_format", name)
-        return _format("weight_only_format", name, None, None)
+            return parsed_format("weight_only_format", name)
+        return named_format("weight_only_format", name, None, None)
+
+    @property
+    def recipe(self) -> Method:
+        """The method's row with `parts` changed."""
+        return with_parts(self.method, self.parts)
 
     @property
     def sort(self) -> bool:
         """Whether the method reorders channels."""
-        return METHODS[self.method].sort
+        return self.recipe.sort
 
     @property
     def rotate(self) -> bool:
         """Whether the method rotates the channels of each group."""
-        return METHODS[self.method].rotate
+        return self.recipe.rotate
 
     # Rules --------------------------------------------------------------------------------------
 
     def _checked_rules(self, rules: Any) -> dict[str, Any]:
         if not isinstance(rules, Mapping):
-            rules = _pairs(rules)
+            rules = rule_pairs(rules)
         checked = {}
         for pattern, value in rules.items():
             if not isinstance(pattern, str) or not pattern:
@@ -294,8 +303,9 @@ class QuantConfig:
         plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         plain["alphas"] = list(self.alphas)
         plain["modules_to_not_convert"] = list(self.modules_to_not_convert)
+        plain["parts"] = None if self.parts is None else dict(self.parts)
         if self.rules is not None:
-            plain["rules"] = [[pattern, _copy(value)] for pattern, value in self.rules.items()]
+            plain["rules"] = [[pattern, plain_copy(value)] for pattern, value in self.rules.items()]
         return plain
 
     @classmethod
@@ -308,15 +318,8 @@ class QuantConfig:
         known = [f.name for f in fields(cls)]
         unknown = [key for key in plain if key not in known]
         if unknown:
-            raise ConfigError(f"unknown settings {_known(unknown)}; known: {', '.join(known)}")
+            raise ConfigError(f"unknown settings {listed(unknown)}; known: {', '.join(known)}")
         return cls(**plain)
-
-
-def _copy(value: Any) -> Any:
-    """A deep copy of a rule's value as plain JSON."""
-    if isinstance(value, Mapping):
-        return {str(key): _copy(inner) for key, inner in value.items()}
-    return [_copy(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _plain_rule(pattern: str, value: Any) -> Any:
@@ -335,9 +338,9 @@ def _plain_rule(pattern: str, value: Any) -> Any:
     unknown = [key for key in value if key not in known]
     if unknown:
         raise ConfigError(
-            f"rules[{pattern!r}]: unknown settings {_known(unknown)}; known: {', '.join(known)}"
+            f"rules[{pattern!r}]: unknown settings {listed(unknown)}; known: {', '.join(known)}"
         )
-    return _copy(value)
+    return plain_copy(value)
 
 
 def _changes_of_name(name: str) -> dict[str, Any]:
@@ -350,70 +353,3 @@ def _changes_of_name(name: str) -> dict[str, Any]:
         f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a format "
         f"({', '.join(FORMAT_NAMES)})"
     )
-
-
-def _pairs(rules: Any) -> dict[str, Any]:
-    """Rules as `to_dict` writes them, ``[[pattern, value], ...]``, back into a dict."""
-    try:
-        pairs = [(pattern, value) for pattern, value in rules]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"rules are {type(rules).__name__}; expected a dict or a list of [pattern, value]"
-        ) from error
-    if len(dict(pairs)) != len(pairs):
-        raise ConfigError("rules name one pattern twice")
-    return dict(pairs)
-
-
-def _format(what: str, name: Any, group_size: Any, scale: Any) -> Format:
-    if not isinstance(name, str):
-        raise ConfigError(f"{what} is {name!r}; expected one of {_known(FORMAT_NAMES)}")
-    if group_size is not None:
-        _integer(f"group size of {what}", group_size, 0)
-    try:
-        return get_format(name, group_size, scale)
-    except FormatError as error:
-        raise ConfigError(f"{what}: {error}") from error
-
-
-def _parse(what: str, key: str) -> Format:
-    try:
-        return Format.parse(key)
-    except FormatError as error:
-        raise ConfigError(f"{what}: {error}") from error
-
-
-def _known(names: Iterable[Any]) -> str:
-    return ", ".join(repr(name) for name in names)
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    if value is None:  # diffusers writes None for an empty list
-        return ()
-    if isinstance(value, str):  # diffusers takes one name, too
-        value = (value,)
-    if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in value):
-        raise ConfigError(f"{_SKIP_LIST} is {value!r}; expected a list of module names")
-    return tuple(value)
-
-
-def _number(what: str, value: Any, low: float, high: float) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not low <= value <= high
-    ):
-        raise ConfigError(f"{what} is {value!r}; expected a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def _integer(what: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{what} is {value!r}; expected an integer of at least {low}")
-
-
-def _fractions(what: str, value: Any) -> tuple[float, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ConfigError(f"{what} is {value!r}; expected a list of numbers from 0 to 1")
-    return tuple(_number(f"a value of {what}", inner, 0.0, 1.0) for inner in value)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pq_fx.kernels.ops  # noqa: F401  (registers torch.ops.pq)
@@ -24,12 +25,12 @@ def _parameter(value: Tensor | None) -> nn.Parameter | None:
     return None if value is None else nn.Parameter(value, requires_grad=False)
 
 
-def _keeping_dtype(fn: Callable[[Tensor], Tensor], cast: Tensor | None) -> Callable:
-    """`fn` of `Module._apply` (a move, a cast, or both) that casts no tensor but `cast`."""
+def _keeping_dtype(fn: Callable[[Tensor], Tensor], cast: tuple[Tensor | None, ...]) -> Callable:
+    """`fn` of `Module._apply` (a move, a cast, or both) that casts no tensor but those in `cast`."""
 
     def apply(value: Tensor) -> Tensor:
         new = fn(value)
-        return new if value is cast or new.dtype == value.dtype else value.to(new.device)
+        return new if any(value is c for c in cast) or new.dtype == value.dtype else value.to(new.device)
 
     return apply
 
@@ -40,12 +41,14 @@ class ActivationQuantizer(nn.Module):
     `perm` (int32 [channels]) reorders the channels and `rotation` applies the block Hadamard transform of that size
     afterwards (0: none); `global_scale` (float32 []) is nvfp4's scale of the whole tensor, fixed by calibration. `clip`
     (float32 [], None: 1) multiplies each group's largest magnitude before its scale is made from it: finer steps,
-    and what lies beyond saturates.
+    and what lies beyond saturates. `smooth` (float32 [channels], None: 1) multiplies the tensor first, where
+    smoothing could not be folded into what produces it: an operation of its own in the graph.
     """
 
     perm: Tensor | None
     global_scale: Tensor | None
     clip: Tensor | None
+    smooth: Tensor | None
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class ActivationQuantizer(nn.Module):
         perm: Tensor | None = None,
         global_scale: Tensor | None = None,
         clip: Tensor | None = None,
+        smooth: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.channels = channels
@@ -63,6 +67,7 @@ class ActivationQuantizer(nn.Module):
         self.register_parameter("perm", _parameter(perm))
         self.register_parameter("global_scale", _parameter(global_scale))
         self.register_parameter("clip", _parameter(clip))
+        self.register_parameter("smooth", _parameter(smooth))
 
     @classmethod
     def empty(
@@ -73,16 +78,18 @@ class ActivationQuantizer(nn.Module):
         has_perm: bool,
         has_global_scale: bool,
         has_clip: bool = False,
+        has_smooth: bool = False,
         device: torch.device | str | None = None,
     ) -> ActivationQuantizer:
         """An uninitialized quantizer for a checkpoint to fill."""
         perm = torch.empty(channels, dtype=torch.int32, device=device) if has_perm else None
         scale = torch.empty((), dtype=torch.float32, device=device) if has_global_scale else None
         clip = torch.empty((), dtype=torch.float32, device=device) if has_clip else None
-        return cls(channels, format, rotation, perm, scale, clip)
+        smooth = torch.empty(channels, dtype=torch.float32, device=device) if has_smooth else None
+        return cls(channels, format, rotation, perm, scale, clip, smooth)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActivationQuantizer:
-        return super()._apply(_keeping_dtype(fn, cast=None), recurse)
+        return super()._apply(_keeping_dtype(fn, cast=()), recurse)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Quantize x [..., channels] to (data, scale, global_scale), in the carrier of x's device (kernels/ops.py).
@@ -90,6 +97,8 @@ class ActivationQuantizer(nn.Module):
         The global scale is returned, not read by the linear, because an offload hook may take it back after this call.
         """
         carrier = devices.carrier(x.device)
+        if self.smooth is not None:
+            x = x * self.smooth.to(x.dtype)
         data, scale = torch.ops.pq.quantize(
             x, self.perm, self.global_scale, self.clip, self.format, self.rotation, carrier
         )
@@ -105,13 +114,17 @@ class QuantLinear(nn.Module):
     """y = x W^T + b with packed weights; 4-bit activations where it has an input quantizer, else weights only.
 
     Parameters: `weight` uint8 [out_features, bytes], `weight_scale` [out_features, groups] in the format's scale dtype,
-    `weight_global_scale` float32 [] or None, `bias` [out_features] or None. Inference only.
+    `weight_global_scale` float32 [] or None, `bias` [out_features] or None. `low_rank_up` [out_features, r] and
+    `low_rank_down` [r, in_features], or None: a 16-bit branch x -> x down^T up^T beside the packed weight (SVDQuant).
+    Inference only.
     """
 
     weight: Tensor
     weight_scale: Tensor
     weight_global_scale: Tensor | None
     bias: Tensor | None
+    low_rank_up: Tensor | None
+    low_rank_down: Tensor | None
 
     def __init__(
         self,
@@ -123,6 +136,8 @@ class QuantLinear(nn.Module):
         weight_global_scale: Tensor | None,
         bias: Tensor | None,
         input_quantizer: ActivationQuantizer | None,
+        low_rank_up: Tensor | None = None,
+        low_rank_down: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -133,6 +148,8 @@ class QuantLinear(nn.Module):
         self.register_parameter("weight", _parameter(weight))
         self.register_parameter("weight_scale", _parameter(weight_scale))
         self.register_parameter("weight_global_scale", _parameter(weight_global_scale))
+        self.register_parameter("low_rank_up", _parameter(low_rank_up))
+        self.register_parameter("low_rank_down", _parameter(low_rank_down))
         self.input_quantizer = input_quantizer
 
     @classmethod
@@ -163,10 +180,16 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        return super()._apply(_keeping_dtype(fn, cast=self.bias), recurse)
+        return super()._apply(_keeping_dtype(fn, (self.bias, self.low_rank_up, self.low_rank_down)), recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in x's dtype."""
+        y = self._packed(x)
+        if self.low_rank_up is not None and self.low_rank_down is not None:
+            y = y + F.linear(F.linear(x, self.low_rank_down), self.low_rank_up)
+        return y
+
+    def _packed(self, x: Tensor) -> Tensor:
         quantizer = self.input_quantizer
         if quantizer is None:
             return torch.ops.pq.linear_weight_only(

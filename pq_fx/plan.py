@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pq_fx.passes.regions import FoldAxis, Point, Region, RegionMap
+from pq_fx.passes.scales import scale_params
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Plan:
 
     regions: dict[str, Region] = field(default_factory=dict)
     linears: dict[str, LinearFact] = field(default_factory=dict)
+    # By the point's weights: parameters that take over a scale of its channels (passes/scales.py).
+    scale_params: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _graphs: list[tuple[frozenset[str], dict[str, Region]]] = field(default_factory=list)
 
     def add(
@@ -53,9 +56,21 @@ class Plan:
                     fqn, linear.in_features, linear.out_features, linear.treatment, linear.reason
                 ),
             )
+        self._add_scale_params(found, names)
         self._graphs.append((params, regions))
         self._check_foreign_use()
         return {p.name: names[p.name] for r in found.regions for p in r.points}
+
+    def _add_scale_params(self, found: RegionMap, names: Mapping[str, str]) -> None:
+        for region in found.regions:
+            for point in region.points:
+                readers = [found.linears[n].node for n in point.linears]
+                params = scale_params(found.sources[point.name], readers, names)
+                own = tuple(names[p] for p in params)
+                # Graphs that disagree leave an explicit multiplication, which is always right.
+                known = self.scale_params.setdefault(names[point.name], own)
+                if known != own:
+                    self.scale_params[names[point.name]] = ()
 
     def _check_foreign_use(self) -> None:
         """A region may fold only where every graph that reads its parameters shows the same region."""

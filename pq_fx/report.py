@@ -43,6 +43,9 @@ class LayerReport:
             held-out calibration rows in the original order, without rotation; None if not measured.
         error_after: the same as it was converted.
         accepted: whether the permutation or rotation was kept; None where none was tried.
+        clip: constant that its input's scales are made from, times the largest magnitude.
+        smooth: "folded" or "multiply" (an operation in the graph) where its input was smoothed.
+        low_rank: rank of the 16-bit branch beside its weight.
         skip_reason: why it was left in float; None when it was quantized.
     """
 
@@ -58,6 +61,9 @@ class LayerReport:
     error_before: float | None = None
     error_after: float | None = None
     accepted: bool | None = None
+    clip: float = 1.0
+    smooth: str | None = None
+    low_rank: int = 0
     skip_reason: str | None = None
 
     @property

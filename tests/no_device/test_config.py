@@ -43,6 +43,8 @@ def test_every_preset_is_in_the_table_above():
     ("method", "sort", "rotate"),
     [
         ("rtn", False, False),
+        ("smoothquant", False, False),
+        ("svdquant", False, False),
         ("convrot", False, True),
         ("permuquant", True, False),
         ("permuquant-h", True, True),
@@ -52,7 +54,7 @@ def test_every_preset_is_in_the_table_above():
 def test_methods(method, sort, rotate):
     config = QuantConfig(method=method)
     assert (config.sort, config.rotate) == (sort, rotate)
-    assert len(METHODS) == 5
+    assert len(METHODS) == 7
 
 
 def test_a_format_key_sets_group_and_scale():
@@ -84,7 +86,7 @@ def test_same_with_another_activation_group():
         ({"activation_format": None, "activation_group_size": 32}, "needs an activation_format"),
         ({"activation_format": "fp8:0:fp32", "activation_group_size": 32}, "contradicts"),
         ({"weight_only_format": None}, "weight_only_format is None"),
-        ({"method": "gptq"}, "gptq.*rtn, convrot, permuquant, permuquant-h"),
+        ({"method": "gptq"}, "gptq.*rtn, smoothquant, svdquant, convrot"),
         ({"alphas": ()}, "at least one value"),
         ({"alphas": (0.5, 1.5)}, r"1\.5.*from 0 to 1"),
         ({"alphas": (float("nan"),)}, "nan"),
@@ -232,3 +234,20 @@ def test_configs_compare_and_hash():
     assert QuantConfig(alphas=[0, 1]) == QuantConfig(alphas=(0.0, 1.0))
     assert hash(QuantConfig(rules={"a": None})) == hash(QuantConfig(rules={"a": None}))
     assert QuantConfig(rules={"a": None}) != QuantConfig(rules={"b": None})
+
+
+def test_parts_change_a_methods_row():
+    config = QuantConfig(method="best", parts={"clip": False, "refine": 3})
+    assert config.recipe.compensate and not config.recipe.clip and config.recipe.refine == 3
+    assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for parts, words in (
+        ({"clap": True}, "unknown part 'clap'"),
+        ({"clip": 1}, "True or False"),
+        ({"refine": -1}, "integer of at least 0"),
+        ({"refine": True}, "integer of at least 0"),
+        ("clip", "expected a dict"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            QuantConfig(method="best", parts=parts)
+    with pytest.raises(ConfigError, match="budget_bits"):
+        QuantConfig(budget_bits=2.0)

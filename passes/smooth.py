@@ -1,0 +1,78 @@
+"""Smoothing: magnitude moves from a tensor's channels to the columns of the weights that read it.
+
+    before   y = Q(x) Q(W)^T
+    after    y = Q(x / s) Q(W s)^T        s_k = max|x_k|^a / max_n|W[n, k]|^(1 - a)
+
+(SmoothQuant, arXiv 2211.10438, equation 4.) The exponent a is searched for each point by the true
+output error on sampled rows; s = 1 stays where nothing is better. 1 / s is folded into what
+produces the tensor where that commutes (passes/scales.py), else it is a multiplication in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pq_fx.passes.choose import Settings
+from pq_fx.passes.evaluate import Errors, PointErrors, halves
+from pq_fx.passes.observe import Moments
+from pq_fx.passes.regions import Point
+
+ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
+# Channels smaller than this part of the largest count as this large: dead channels get no factor.
+_FLOOR = 1e-5
+
+
+class Smoothing(NamedTuple):
+    """A point's scale s fp32 [K], its exponent, and held-out errors without it by weight name."""
+
+    scale: Tensor
+    alpha: float
+    before: dict[str, float]
+
+
+def smooth_scale(
+    point: Point,
+    moments: Mapping[str, Moments],
+    weights: Mapping[str, Tensor],
+    settings: Settings,
+    alphas: tuple[float, ...] = ALPHAS,
+) -> Smoothing | None:
+    """The scale with the least output error, or None where s = 1 has the least.
+
+    Fitted on one half of the sampled rows and accepted on the other. Raises CalibrationError as
+    `choose` does.
+    """
+    if settings.activation is None or point.one_row:
+        return None
+    fit, held = halves(point, moments, weights)
+    if len(fit) == 0 or len(held) == 0:
+        return None
+    rows = torch.cat([fit[: settings.fit_rows], held[: settings.held_rows]])
+    fitted = min(len(fit), settings.fit_rows)
+    own = {name: weights[name].float() for name in point.linears}
+    x = moments[point.name].amax.to(rows)
+    w = torch.stack([v.abs().amax(dim=0) for v in own.values()]).amax(dim=0)
+
+    def errors(s: Tensor) -> Errors:
+        scaled = {name: v * s for name, v in own.items()}
+        return PointErrors(rows / s, fitted, scaled, settings.weight, settings.activation)(None, 0)
+
+    plain = errors(torch.ones_like(x))
+    best, least, held_out = None, sum(plain.fit.values()), 0.0
+    for alpha in alphas:
+        s = _power(x, alpha) / _power(w, 1.0 - alpha)
+        s = s / s.log().mean().exp()
+        found = errors(s)
+        if sum(found.fit.values()) < least:
+            least, held_out = sum(found.fit.values()), sum(found.held.values())
+            best = Smoothing(s, alpha, plain.held)
+    return best if best is not None and held_out < sum(plain.held.values()) else None
+
+
+def _power(magnitude: Tensor, exponent: float) -> Tensor:
+    top = magnitude.amax().clamp(min=torch.finfo(torch.float32).tiny)
+    return (magnitude / top).clamp(min=_FLOOR).pow(exponent)

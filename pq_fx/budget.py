@@ -1,0 +1,122 @@
+"""Mixed formats under a budget: more bits for the weights that need them, fewer for the others.
+
+Every weight is measured in each format: relative squared error of its outputs on held-out rows,
+weight errors alone. All start from the fewest bits; then, step by step, the weight that lowers the
+sum of errors most for each added byte gets the next format, while the average stays in the budget.
+(The greedy form of the Lagrangian: exact for convex error curves up to the last step.)
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pq_fx.errors import ConfigError
+from pq_fx.kernels.formats import Format, get_format
+from pq_fx.kernels.reference import fake_quantize
+from pq_fx.passes.evaluate import exact_matmul
+from pq_fx.scope import Layer
+
+LADDER = ("int3", "int4", "int8")
+
+
+def ladder(layer: Layer) -> tuple[Format, ...]:
+    """Formats from the fewest bits up, in the group size of the layer's own integer format."""
+    own = layer.weight_format
+    group = own.group_size if own.element.startswith("int") else None
+    return tuple(get_format(name, group or 64) for name in LADDER)
+
+
+def weight_errors(rows: Tensor, weight: Tensor, formats: Sequence[Format]) -> list[float]:
+    """||X (W - Q(W))^T||^2 / ||X W^T||^2 for each format; rows fp32 [R, K], weight [N, K]."""
+    w = weight.float()
+    with exact_matmul():
+        whole = (rows @ w.T).square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        lost = [(rows @ (w - fake_quantize(w, f)).T).square().sum() for f in formats]
+    return [float(e / whole) for e in lost]
+
+
+def spread(
+    sizes: Mapping[str, int],
+    errors: Mapping[str, Sequence[float]],
+    bits: Sequence[float],
+    budget: float,
+) -> dict[str, int]:
+    """The rung of each weight, by name.
+
+    Args:
+        sizes: number of elements of each weight.
+        errors: its error on each rung.
+        bits: bits of an element on each rung, rising.
+        budget: average bits an element, over all weights.
+
+    Raises:
+        ConfigError: the budget is below the lowest rung.
+    """
+    total = sum(sizes.values())
+    if budget < bits[0]:
+        raise ConfigError(
+            f"budget_bits={budget:g} is less than the {bits[0]:g} bits of the smallest format"
+        )
+    rungs = dict.fromkeys(sizes, 0)
+    left = (budget - bits[0]) * total
+    heap = [_step(name, 0, sizes, errors, bits) for name in sizes]
+    heapq.heapify(heap)
+    while heap:
+        _, name, rung = heapq.heappop(heap)
+        cost = (bits[rung + 1] - bits[rung]) * sizes[name]
+        if cost > left:
+            continue  # a smaller weight may still fit
+        left -= cost
+        rungs[name] = rung + 1
+        if rung + 2 < len(bits):
+            heapq.heappush(heap, _step(name, rung + 1, sizes, errors, bits))
+    return rungs
+
+
+def _step(
+    name: str,
+    rung: int,
+    sizes: Mapping[str, int],
+    errors: Mapping[str, Sequence[float]],
+    bits: Sequence[float],
+) -> tuple[float, str, int]:
+    """A heap entry: minus what one more byte saves on this step."""
+    saved = errors[name][rung] - errors[name][rung + 1]
+    return (-saved / ((bits[rung + 1] - bits[rung]) * sizes[name]), name, rung)
+
+
+def apply_budget(
+    layers: dict[str, Layer],
+    rows: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    budget: float,
+) -> None:
+    """Give each layer its weight format, in place; formats of activations stay.
+
+    `rows` and `weights` are by weight name: fp32 [R, K] on the weight's device, and [N, K].
+    """
+    errors, sizes, rungs = {}, {}, {}
+    bits: tuple[float, ...] = ()
+    for name, layer in layers.items():
+        rungs[name] = formats = ladder(layer)
+        bits = tuple(f.bits_per_weight for f in formats)
+        errors[name] = weight_errors(rows[name], weights[name], formats)
+        sizes[name] = weights[name].numel()
+    chosen = spread(sizes, errors, bits, budget)
+    for name, layer in layers.items():
+        key = rungs[name][chosen[name]].key
+        own = layer.activation_format
+        layer.config = replace(
+            layer.config,
+            format=key,
+            group_size=None,
+            scale=None,
+            activation_format=None if own is None else own.key,
+            activation_group_size=None,
+            weight_only_format=key,
+        )
