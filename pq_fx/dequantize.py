@@ -22,6 +22,10 @@ def float_weight(linear: QuantLinear, dtype: torch.dtype = torch.float32) -> Ten
         weight = rotate(weight, quantizer.rotation)  # the normalised Hadamard is its own inverse
         if quantizer.perm is not None:
             weight = torch.empty_like(weight).index_copy_(1, quantizer.perm.long(), weight)
+        if quantizer.smooth is not None:
+            weight = weight * quantizer.smooth
+    if linear.low_rank_up is not None and linear.low_rank_down is not None:
+        weight = weight + linear.low_rank_up.float() @ linear.low_rank_down.float()
     return weight.to(dtype)
 
 

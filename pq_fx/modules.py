@@ -30,7 +30,11 @@ def _keeping_dtype(fn: Callable[[Tensor], Tensor], cast: tuple[Tensor | None, ..
 
     def apply(value: Tensor) -> Tensor:
         new = fn(value)
-        return new if any(value is c for c in cast) or new.dtype == value.dtype else value.to(new.device)
+        return (
+            new
+            if any(value is c for c in cast) or new.dtype == value.dtype
+            else value.to(new.device)
+        )
 
     return apply
 
@@ -180,7 +184,9 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        return super()._apply(_keeping_dtype(fn, (self.bias, self.low_rank_up, self.low_rank_down)), recurse)
+        return super()._apply(
+            _keeping_dtype(fn, (self.bias, self.low_rank_up, self.low_rank_down)), recurse
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in x's dtype."""
