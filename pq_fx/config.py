@@ -79,7 +79,7 @@ class QuantConfig:
             occurs in ``name + "."``. It goes before every rule.
         alphas: exponents tried for the sort key ``mu2_a**alpha * mu2_w**(1 - alpha)``.
         tau: a permutation is kept when it lowers the error on held-out rows by more than this
-            fraction of the error without it.
+            fraction of the error without it; -1 keeps whatever was best on the rows for fitting.
         gather_margin: the same for a permutation that cannot be folded and has to be gathered on
             chip: it must win by this fraction more.
         calibration_rows: rows (tokens) of each linear's input that calibration keeps.
@@ -119,7 +119,7 @@ class QuantConfig:
             raise ConfigError(
                 f"method {self.method!r} sorts channels and needs at least one value in `alphas`"
             )
-        number("tau", self.tau, 0.0, 1.0)
+        number("tau", self.tau, -1.0, 1.0)
         number("gather_margin", self.gather_margin, 0.0, 1.0)
         integer("calibration_rows", self.calibration_rows, 2)  # one to fit on, one to accept on
         integer("seed", self.seed, 0)

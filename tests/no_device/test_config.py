@@ -92,7 +92,7 @@ def test_same_with_another_activation_group():
         ({"alphas": (float("nan"),)}, "nan"),
         ({"alphas": 0.5}, "list of numbers"),
         ({"alphas": "0.5"}, "list of numbers"),
-        ({"tau": -0.1}, "tau is -0.1"),
+        ({"tau": -1.1}, "tau is -1.1"),
         ({"tau": float("inf")}, "tau is inf"),
         ({"gather_margin": 2}, "gather_margin is 2"),
         ({"calibration_rows": 1}, "at least 2"),
