@@ -41,6 +41,7 @@ from pq_fx.checkpoint_plan import Plan
 from pq_fx.config import QuantConfig
 from pq_fx.errors import CheckpointError, PQError
 from pq_fx.modules import quantized_linears
+from pq_fx.pointwise import linearized
 from pq_fx.report import Report
 from pq_fx.storage import atomic_folder
 
@@ -122,8 +123,24 @@ def load(
     folder = Path(path)
     config = read_config(folder)
     plan = Plan.from_dict(config)
-    plan.check_model(inner)
     report = read_report(folder)
+    with linearized(inner, plan.pointwise_names()):
+        _fill(inner, plan, folder, config, device)
+    inner.eval()
+    if report is not None:
+        report.attach(inner)
+    integrations.adopt(inner)
+    return model
+
+
+def _fill(
+    inner: nn.Module,
+    plan: Plan,
+    folder: Path,
+    config: Mapping[str, Any],
+    device: torch.device | str | None,
+) -> None:
+    plan.check_model(inner)
     tensors = dict(read_tensors(check_weights(folder, config.get("weights"))))
     aliases = linear_aliases(inner, plan)
     stored = float_names(inner, aliases)
@@ -141,11 +158,6 @@ def load(
 
     assign(inner, stored, placed)  # from here on nothing computes, so nothing can fail
     put_linears(inner, aliases, linears)
-    inner.eval()
-    if report is not None:
-        report.attach(inner)
-    integrations.adopt(inner)
-    return model
 
 
 def read_config(folder: PathLike) -> dict[str, Any]:

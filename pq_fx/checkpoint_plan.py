@@ -124,6 +124,10 @@ class Plan:
 
     # Checks -------------------------------------------------------------------------------------
 
+    def pointwise_names(self) -> set[str]:
+        """What may be pointwise convolutions in the float model: they hold their layer as `.linear`."""
+        return {n.removesuffix(".linear") for n in self.layers if n.endswith(".linear")}
+
     def check_model(self, model: nn.Module) -> None:
         """Raise CheckpointError unless each layer is a linear of the same size in `model`."""
         modules = dict(model.named_modules())

@@ -10,6 +10,7 @@ from pq_fx.kernels.pack import unpack
 from pq_fx.kernels.reference import Quantized, rotate
 from pq_fx.kernels.reference import dequantize as values
 from pq_fx.modules import QuantLinear
+from pq_fx.pointwise import restore
 
 
 def float_weight(linear: QuantLinear, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -54,6 +55,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             made[id(linear)] = _float_linear(linear, dtype, default)
         parent, _, child = name.rpartition(".")
         setattr(inner.get_submodule(parent), child, made[id(linear)])
+    restore(inner)
     return model
 
 

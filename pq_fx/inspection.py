@@ -27,6 +27,7 @@ from pq_fx.passes.regions import find_regions
 from pq_fx.passes.retrace import parameter_inputs, retrace
 from pq_fx.passes.rules import shape_of, source
 from pq_fx.plan import LinearFact, Plan
+from pq_fx.pointwise import linearized
 
 aten = torch.ops.aten
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
@@ -50,31 +51,33 @@ def inspect(
     watched = model if real else without_weights(model)
     if not real:
         args, kwargs = _to_meta(args), _to_meta(kwargs)
-    looker = _Looker(watched)
-    compiled = torch.compile(watched, backend=looker, dynamic=False)
-    with torch.no_grad(), _torch.every_graph() as breaks:
-        try:
-            compiled(*args, **kwargs)
-            if looker.graphs > 1:
-                # A first call may fill a cache in a way that breaks the graph (Z-Image's table of rotations).
-                looker = _Looker(watched)  # another backend: Dynamo traces anew
-                breaks.clear()
-                torch.compile(watched, backend=looker, dynamic=False)(*args, **kwargs)
-        except GraphError:
-            raise
-        except Exception as error:
-            inner = getattr(error, "inner_exception", error)
-            if isinstance(inner, GraphError):
-                raise inner from None
-            if real:
+    with linearized(watched):
+        looker = _Looker(watched)
+        compiled = torch.compile(watched, backend=looker, dynamic=False)
+        with torch.no_grad(), _torch.every_graph() as breaks:
+            try:
+                compiled(*args, **kwargs)
+                if looker.graphs > 1:
+                    # A first call may fill a cache in a way that breaks the graph (Z-Image's table of rotations).
+                    looker = _Looker(watched)  # another backend: Dynamo traces anew
+                    breaks.clear()
+                    torch.compile(watched, backend=looker, dynamic=False)(*args, **kwargs)
+            except GraphError:
                 raise
-            raise GraphError(
-                f"{type(model).__name__} could not be traced without weights ({_first_line(error)}); if its forward "
-                "reads values on the host, inspect it with real weights (real=True, --real); otherwise check the inputs"
-            ) from error
-    if not looker.plan.linears:
-        raise GraphError(f"{type(model).__name__} has no linear that the graph shows")
-    return looker.result(type(model).__name__, settings, time.perf_counter() - start, breaks)
+            except Exception as error:
+                inner = getattr(error, "inner_exception", error)
+                if isinstance(inner, GraphError):
+                    raise inner from None
+                if real:
+                    raise
+                raise GraphError(
+                    f"{type(model).__name__} could not be traced without weights ({_first_line(error)}); if its "
+                    "forward reads values on the host, inspect it with real weights (real=True, --real); otherwise "
+                    "check the inputs"
+                ) from error
+        if not looker.plan.linears:
+            raise GraphError(f"{type(model).__name__} has no linear that the graph shows")
+        return looker.result(type(model).__name__, settings, time.perf_counter() - start, breaks)
 
 
 def without_weights(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from pq_fx.convert import convert
 from pq_fx.errors import CalibrationError, ConfigError
 from pq_fx.modules import quantized_linears
 from pq_fx.passes._torch import every_graph
+from pq_fx.pointwise import linearized
 from pq_fx.report import Report
 
 log = logging.getLogger("pq_fx")
@@ -50,23 +51,27 @@ class Quantizer:
             )
         before = getattr(self.model, "_compiled_call_impl", None)
         calls = self._statistics.calls
-        self.model.compile(backend=self.observer())
-        compiled = self.model._compiled_call_impl
+        compiled: Callable[..., Any]
+
+        def watch() -> None:
+            # A new backend object each time: Dynamo traces anew.
+            nonlocal compiled
+            self.model.compile(backend=self.observer())
+            assert self.model._compiled_call_impl is not None
+            compiled, self.model._compiled_call_impl = self.model._compiled_call_impl, call
 
         def call(*args: Any, **kwargs: Any) -> Any:
             # Around the compiled call and not in a hook, which Dynamo would trace and guard.
-            nonlocal compiled
             if self._came_in_pieces():
                 self._statistics.forget()
-                self.model.compile(backend=self.observer())  # another backend: Dynamo traces anew
-                compiled, self.model._compiled_call_impl = self.model._compiled_call_impl, call
-            result = compiled(*args, **kwargs)  # type: ignore[misc]
+                watch()
+            result = compiled(*args, **kwargs)
             self.count_call()
             return result
 
-        self.model._compiled_call_impl = call
         try:
-            with every_graph() as breaks:
+            with every_graph() as breaks, linearized(self.model):
+                watch()
                 yield self
         finally:
             self.model._compiled_call_impl = before
@@ -114,7 +119,8 @@ class Quantizer:
         unmatched = self.config.unmatched(names)
         if unmatched and names:
             raise ConfigError(f"these rules match no linear of the model: {', '.join(unmatched)}")
-        report = convert(self.model, self._statistics, self.config, progress)
+        with linearized(self.model):
+            report = convert(self.model, self._statistics, self.config, progress)
         self._converted = True
         self.model.quantization_report = report  # type: ignore[assignment]
         integrations.adopt(self.model)

@@ -24,6 +24,7 @@ from pq_fx.checkpoint_plan import Plan, check_kind
 from pq_fx.config import QuantConfig
 from pq_fx.dequantize import dequantize
 from pq_fx.errors import CalibrationError, CheckpointError
+from pq_fx.pointwise import linearize
 from pq_fx.report import Report
 
 
@@ -151,6 +152,7 @@ class PermuQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         plan = Plan.from_dict(self.quantization_config.stored)
+        linearize(model, plan.pointwise_names())
         plan.check_model(model)
         expected = self._expected = plan.expected()
         self._checks = plan.checks()
