@@ -115,6 +115,11 @@ class Format:
         return _ELEMENTS[self.name].bits
 
     @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Group sizes that formats of this name may have."""
+        return _ELEMENTS[self.name].groups
+
+    @property
     def max_value(self) -> float:
         """Largest magnitude of an element before its scale."""
         return _ELEMENTS[self.name].max_value

@@ -13,9 +13,11 @@ from torch import nn
 
 import pq_fx
 from pq_fx.cli import main
+from pq_fx.decide import decide
 from pq_fx.errors import ConfigError, GraphError
 from pq_fx.example_inputs import InputSizes, example_inputs
 from pq_fx.inspection import without_weights
+from pq_fx.plan import LinearFact
 
 SETTINGS = {"format": "int4", "group_size": 16, "weight_only_format": "int4:16:bf16"}
 ONE_BLOCK = '{"num_layers": 1, "num_single_layers": 1}'
@@ -84,14 +86,29 @@ def _unique(model: nn.Module) -> list[torch.Tensor]:
 
 
 def test_rules_decide_before_the_graph() -> None:
-    rules = {"layers.0": None, "embed": "int4"}
+    rules = {"layers.0": None, "embed": "mxfp4"}
     found = pq_fx.inspect(Block(), torch.randn(2, 5, 16), config={**SETTINGS, "rules": rules})
     rows = {r.fqn: r for r in found.linears}
     assert rows["layers.0"].skip_reason == "left alone by rule 'layers.0'"
     assert (
         rows["embed"].skip_reason
-        == "16 input channels are not a multiple of the group of int4:64:bf16"
+        == "16 input channels are not a multiple of the group of mxfp4:32:e8m0"
     )
+
+
+@pytest.mark.parametrize(
+    ("channels", "taken"),
+    [(128, "int4:64:bf16"), (5600, "int4:32:bf16"), (48, "int4:16:bf16"), (24, None)],
+)
+def test_the_largest_group_that_divides_the_channels(channels: int, taken: str | None) -> None:
+    fact = LinearFact("q", channels, 8, "quantize", "")
+    decision = decide(fact, pq_fx.QuantConfig("int4"), nn.Linear(channels, 8))
+    keys = (
+        decision.weight and decision.weight.key,
+        decision.activation and decision.activation.key,
+    )
+    assert keys == (taken, taken)
+    assert bool(decision.skip_reason) == (taken is None)
 
 
 def test_a_copy_without_weights_shares_nothing() -> None:
