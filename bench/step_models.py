@@ -101,6 +101,8 @@ def build(
     with torch.device("meta"):
         model = spec.cls(**config).to(torch.bfloat16)
     model = model.to_empty(device=device).eval().requires_grad_(False)
+    if device == "meta":
+        return model
     generator = torch.Generator(device).manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() < 2:
