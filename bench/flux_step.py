@@ -168,25 +168,26 @@ def measure(
     if args.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    weights = sum(size_of(t) for t in tensors.values())
+    others = torch.cuda.memory_allocated() - weights  # the calibration that the variants share
     start = time.perf_counter()
     out = step()
-    tensors = out if isinstance(out, list) else [out]
-    if not all(torch.isfinite(t).all() for t in tensors):
+    if not all(torch.isfinite(t).all() for t in (out if isinstance(out, list) else [out])):
         sys.exit(f"{label}: output is not finite")
     first = time.perf_counter() - start
-    del out, tensors
+    del out
     timed(step, 3, args.device)  # with CUDA graphs the second call records
     warm = time.perf_counter() - start
     times = timed(step, args.steps, args.device)
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return {
         "label": label,
         "ms": round(statistics.median(times), 2),
         "ms_min": round(min(times), 2),
         "first_call_s": round(first, 1),
         "first_4_calls_s": round(warm, 1),
-        "weights_gib": round(sum(size_of(t) for t in tensors.values()) / GIB, 2),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
+        "weights_gib": round(weights / GIB, 2),
+        "peak_gib": round((torch.cuda.max_memory_allocated() - others) / GIB, 2),
     }
 
 

@@ -1,8 +1,9 @@
 """Lowering a converted model's graph: what a quantizer reads is fused into the kernel that quantizes it.
 
 Each rewrite is a pass in a file of its own, whose docstring shows the graph before and after. They run in this order:
-`share_quantize` first, so that the fusions see one user; `fuse_norm`; `fuse_act`; `merge_linears`; `join_norms`. No
-permute operation is left: every order is an argument of a quantize kernel or already in the weights.
+`share_quantize` first, so that the fusions see one user; `fuse_norm`; `fuse_act`; `merge_linears`; `join_norms`;
+`rotate_pairs`. No permute operation is left: every order is an argument of a quantize kernel or already in the
+weights.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pq_fx.passes.fuse_act import fuse_act
 from pq_fx.passes.fuse_norm import fuse_norm
 from pq_fx.passes.join_norms import join_norms
 from pq_fx.passes.merge_linears import merge_linears
+from pq_fx.passes.rotate_pairs import rotate_pairs
 from pq_fx.passes.share_quantize import share_quantize
 
 
@@ -29,6 +31,7 @@ class Lowered:
     acts: int
     merged: int
     joined_norms: int
+    rotations: int
     others: dict[str, int] = field(default_factory=dict)
 
 
@@ -39,6 +42,7 @@ REWRITES: tuple[Rewrite, ...] = (
     fuse_act,
     merge_linears,
     join_norms,
+    rotate_pairs,
 )
 
 
@@ -58,6 +62,7 @@ def lower(gm: fx.GraphModule, rewrites: Sequence[Rewrite] = REWRITES) -> Lowered
         acts=counts.get(fuse_act, 0),
         merged=counts.get(merge_linears, 0),
         joined_norms=counts.get(join_norms, 0),
+        rotations=counts.get(rotate_pairs, 0),
         others=others,
     )
 

@@ -44,13 +44,13 @@ def replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
     graph.erase_node(old)
 
 
-def evaluate(node: fx.Node) -> None:
-    """Give a new node its fake value, computed from the values of its arguments."""
+def evaluate(node: fx.Node, like: fx.Node | None = None) -> None:
+    """Give a new node its fake value, computed from its arguments' (or where `like` lives, if it has none)."""
 
     def value(argument: fx.Node) -> Any:
         return argument.meta["val"]
 
     args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
-    fakes = [v for v in torch.utils._pytree.tree_leaves((args, kwargs)) if _torch.is_fake(v)]
-    with fakes[0].fake_mode:
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs, None if like is None else value(like)))
+    with next(v for v in leaves if _torch.is_fake(v)).fake_mode:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]

@@ -19,6 +19,7 @@ from pq_fx.passes.fuse_act import fuse_act
 from pq_fx.passes.join_norms import join_norms
 from pq_fx.passes.lower import lower, quantized_operations
 from pq_fx.passes.merge_linears import merge_linears
+from pq_fx.passes.rotate_pairs import rotate_pairs
 from pq_fx.passes.share_quantize import share_quantize
 from pq_fx.passes.verify import verify_graph
 
@@ -226,3 +227,41 @@ def one_is_no_norm(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor) -> Any:
 def test_other_norms_stay(function: Callable[..., Any]) -> None:
     gm = trace(function, *joint_args())
     assert join_norms(gm.graph) == 0
+
+
+def turn(x: Tensor) -> Any:
+    a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    return (torch.stack([-b, a], dim=-1).flatten(3),)
+
+
+def test_the_turn_of_rotary_embeddings_is_one_read() -> None:
+    x = torch.randn(2, 5, 3, 16, dtype=torch.bfloat16)
+    x[0, 0, 0, :2] = torch.tensor([0.0, float("inf")])
+    gm = trace(turn, x)
+    assert rotate_pairs(gm.graph) == 1
+    gm.graph.eliminate_dead_code()
+    verify_graph(gm)
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.stack.default)
+    gm.recompile()
+    assert torch.equal(gm(x)[0].view(torch.int16), turn(x)[0].view(torch.int16))
+
+
+def other_half(x: Tensor) -> Any:
+    a, b = x.reshape(*x.shape[:-1], 2, -1).unbind(-2)
+    return (torch.stack([-b, a], dim=-2),)
+
+
+def other_sign(x: Tensor) -> Any:
+    a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    return (torch.stack([-a, b], dim=-1),)
+
+
+def two_tensors(x: Tensor) -> Any:
+    a, _ = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    _, b = (x * 2).reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    return (torch.stack([-b, a], dim=-1),)
+
+
+@pytest.mark.parametrize("function", [other_half, other_sign, two_tensors])
+def test_other_stacks_stay(function: Callable[..., Any]) -> None:
+    assert rotate_pairs(trace(function, torch.randn(2, 5, 3, 16)).graph) == 0
