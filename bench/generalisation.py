@@ -20,6 +20,7 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         order = torch.randperm(len(bench.others), generator=torch.Generator().manual_seed(seed))
         return bench.others[order[:size]]
 
+    if args.sizes:
+        return run_sizes(bench, picked)
     for seed in SEEDS:
         sets = {
             "other prompts": picked(64, seed),
@@ -142,11 +145,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                         bench.record(statistics, what | {"part": part}, **settings)
             if time.perf_counter() - bench.start > args.seconds:
                 return bench.result
-    for seed in SEEDS:
-        for size in SIZES:
+    return run_sizes(bench, picked)
+
+
+def run_sizes(bench: Bench, picked: Callable[[int, int], Tensor]) -> dict[str, Any]:
+    """Error against the number of calibration prompts."""
+    args = bench.args
+    rtn = "rtn" if args.sizes else None
+    for seed in range(args.seeds):
+        for size in args.sizes or SIZES:
             text = picked(size, 100 + seed)
             statistics = bench.calibrate(text, bench.draw(text, 60 + seed), SEEN, seed)
-            for method in ("permuquant-h", "best"):
+            if rtn:
+                bench.record(statistics, {"times": "seen"}, method=rtn)
+                rtn = None
+            for method in args.methods:
                 what = {"prompts": "other prompts", "times": "seen", "size": size, "seed": seed}
                 bench.record(statistics, what | {"part": "size"}, method=method)
             if time.perf_counter() - bench.start > args.seconds:
@@ -187,36 +200,74 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Error against the number of calibration prompts, a point a seed; RTN as a line."""
+COLORS = {"permuquant-h": "#0b6e99", "best": "#c2410c"}
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Left: calibrated on the test's times or prompts, or on others. Right: number of prompts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), dpi=150)
+    figure = Figure(figsize=(9, 3.6), dpi=150)
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    rtn = next(r for r in result["runs"] if r["method"] == "rtn")
-    axes.axhline(rtn["unseen"], color="#888888", linewidth=1, label="RTN")
-    for method, color in (("permuquant-h", "#0b6e99"), ("best", "#c2410c")):
-        own = [r for r in result["runs"] if r["method"] == method and r.get("part") == "size"]
-        sizes = sorted({r["size"] for r in own})
-        means = [
-            sum(v) / len(v) for v in ([r["unseen"] for r in own if r["size"] == s] for s in sizes)
-        ]
-        axes.plot([r["size"] for r in own], [r["unseen"] for r in own], ".", color=color, alpha=0.5)
-        axes.plot(sizes, means, color=color, label=method)
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("calibration prompts (four other timesteps, five seeds)")
-    axes.set_ylabel("velocity rel. MSE, unseen timesteps")
-    axes.set_title(
-        f"{result['arch']}, {result['format']} g64: prompts and timesteps not calibrated on",
-        fontsize=10,
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    left, right = figure.subplots(1, 2)
+    for result in results:
+        sized = [r for r in result["runs"] if r.get("part") == "size"]
+        if sized:
+            _plot_sizes(right, result, sized)
+        else:
+            _plot_transfer(left, result)
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("velocity rel. MSE on the test prompts", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
+
+
+def _plot_transfer(axes: Any, result: dict[str, Any]) -> None:
+    cases = (
+        ("same times", "other prompts", "unseen"),
+        ("other times", "other prompts", "seen"),
+        ("all times,\nsame prompts", "same prompts", "all"),
+        ("all times,\nother prompts", "other prompts", "all"),
+    )
+    for shift, (method, color) in zip((-0.2, 0.2), COLORS.items(), strict=True):
+        for place, (_, prompts, times) in enumerate(cases):
+            own = [
+                r["unseen"]
+                for r in result["runs"]
+                if (r["method"], r.get("prompts"), r["times"]) == (method, prompts, times)
+                and "part" not in r
+            ]
+            if own:
+                label = method if place == 0 else None
+                axes.bar(place + shift, sum(own) / len(own), 0.36, color=color, label=label)
+                axes.plot([place + shift] * len(own), own, ".", color="#222222", markersize=3)
+    rtn = next(r for r in result["runs"] if r["method"] == "rtn")
+    axes.axhline(rtn["unseen"], color="#888888", linewidth=1, label="RTN")
+    axes.set_xticks(range(len(cases)), [c[0] for c in cases])
+    axes.set_title(f"{result['arch']}, {result['format']}: calibrated on", fontsize=9)
+
+
+def _plot_sizes(axes: Any, result: dict[str, Any], sized: list[dict[str, Any]]) -> None:
+    rtn = next(r for r in result["runs"] if r["method"] == "rtn")
+    axes.axhline(rtn["unseen"], color="#888888", linewidth=1, label="RTN")
+    for method, color in COLORS.items():
+        own = [r for r in sized if r["method"] == method]
+        sizes = sorted({r["size"] for r in own})
+        if own:
+            means = [
+                sum(v) / len(v)
+                for v in ([r["unseen"] for r in own if r["size"] == s] for s in sizes)
+            ]
+            axes.plot([r["size"] for r in own], [r["unseen"] for r in own], ".", color=color)
+            axes.plot(sizes, means, color=color, label=method)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("calibration prompts", fontsize=8)
+    axes.set_title("other prompts and other times; a point a seed", fontsize=9)
 
 
 def main() -> None:
@@ -226,13 +277,19 @@ def main() -> None:
     parser.add_argument("--arch", choices=("flux", "zimage"), default="flux")
     parser.add_argument("--format", default="int4")
     parser.add_argument("--test", type=int, default=64, help="prompts that are measured on")
+    parser.add_argument("--sizes", nargs="+", type=int, help="measure nothing but these sizes")
+    parser.add_argument("--seeds", type=int, default=5, help="of the sizes")
+    parser.add_argument("--methods", nargs="+", default=("permuquant-h", "best"), help="of sizes")
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing new after this")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--plot", type=Path, help="draw from --out instead of measuring")
+    parser.add_argument(
+        "--plot", type=Path, help="draw from --out (and --more) instead of measuring"
+    )
+    parser.add_argument("--more", type=Path, nargs="*", default=(), help="results to draw as well")
     args = parser.parse_args()
     if args.plot:
-        plot(json.loads(args.out.read_text()), args.plot)
+        plot([json.loads(f.read_text()) for f in (args.out, *args.more)], args.plot)
         return
     result = run(args)
     result["summary"] = summary(result)

@@ -185,20 +185,17 @@ def _scale(
     ratios: Sequence[float],
 ) -> Tensor:
     """Stored scales [N, 1] of one group [N, g], by the ratio with the least weighted error."""
-    best = least = None
-    for ratio in ratios or (1.0,):
-        q = quantize(part, fmt, global_scale=global_scale, scale_search=(ratio,))
-        if len(ratios) < 2:
-            return q.scale
-        value = element_values(q.codes, fmt) * scale_values(q.scale, fmt, global_scale)
-        error = ((value - part).square() * cost).sum(dim=1, keepdim=True)
-        if best is None or least is None:
-            best, least = q.scale, error
-        else:
-            best = torch.where(error < least, q.scale, best)
-            least = torch.minimum(error, least)
-    assert best is not None
-    return best
+    if len(ratios) < 2:
+        return quantize(part, fmt, global_scale=global_scale, scale_search=ratios).scale
+    # All ratios at once: a GPU is kept busy by one launch instead of sixteen.
+    clip = torch.tensor(ratios, device=part.device).view(-1, 1, 1, 1)
+    many = part.expand(len(ratios), *part.shape)
+    q = quantize(many, fmt, global_scale=global_scale, clip=clip)
+    value = element_values(q.codes, fmt) * scale_values(q.scale, fmt, global_scale)
+    error = ((value - part).square() * cost).sum(dim=2)
+    best = error.min(dim=0).indices  # [N]; of equals any
+    rows = torch.arange(len(part), device=part.device)
+    return q.scale.view(q.scale.shape[:2])[best, rows].unsqueeze(1)
 
 
 def _elements(fmt: Format, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

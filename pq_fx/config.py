@@ -26,22 +26,11 @@ from pq_fx.config_values import (
 from pq_fx.errors import ConfigError
 from pq_fx.kernels.formats import FORMAT_NAMES, Format
 from pq_fx.methods import METHODS, Method, with_parts
+from pq_fx.presets import PRESETS, SAME, changes_of_name
 
-SAME = "same"
 DEFAULT_RULE = "_default"
 REGEX_PREFIX = "re:"
 
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "w4a4-int4": {"format": "int4", "activation_format": SAME},
-    "w4a4-nvfp4": {"format": "nvfp4", "activation_format": SAME},
-    "w4a4-mxfp4": {"format": "mxfp4", "activation_format": SAME},
-    "w3a3-int3": {"format": "int3", "activation_format": SAME},
-    "w4a8-int4": {"format": "int4", "activation_format": "fp8"},
-    "w4a16-int4": {"format": "int4", "activation_format": None},
-}
-PRESETS["w4a4"] = PRESETS["w4a4-int4"]
-PRESETS["w4a8"] = PRESETS["w4a8-int4"]
 
 # A new format makes the settings of the old one meaningless, so a rule that names a format
 # without them starts from that format's defaults.
@@ -232,7 +221,7 @@ class QuantConfig:
 
     def _with_rule(self, value: str | Mapping[str, Any]) -> QuantConfig:
         """These settings with one rule's changes, without rules of their own."""
-        changes = _changes_of_name(value) if isinstance(value, str) else dict(value)
+        changes = changes_of_name(value) if isinstance(value, str) else dict(value)
         if "format" in changes:
             changes = dict.fromkeys(_FORMAT_FIELDS) | changes
         if "activation_format" in changes or ("format" in changes and self._follows_weight):
@@ -295,7 +284,7 @@ class QuantConfig:
         if isinstance(value, QuantConfig):
             return value
         if isinstance(value, str):
-            return cls(**_changes_of_name(value))
+            return cls(**changes_of_name(value))
         if isinstance(value, Mapping):
             return cls.from_dict(value)
         raise ConfigError(
@@ -346,15 +335,3 @@ def _plain_rule(pattern: str, value: Any) -> Any:
             f"rules[{pattern!r}]: unknown settings {listed(unknown)}; known: {', '.join(known)}"
         )
     return plain_copy(value)
-
-
-def _changes_of_name(name: str) -> dict[str, Any]:
-    """Fields that a preset name, a format name or a format key stands for."""
-    if name in PRESETS:
-        return dict(PRESETS[name])
-    if name in FORMAT_NAMES or ":" in name:
-        return {"format": name}
-    raise ConfigError(
-        f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a format "
-        f"({', '.join(FORMAT_NAMES)})"
-    )
