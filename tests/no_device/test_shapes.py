@@ -1,0 +1,142 @@
+"""New shapes cost a quantized model at most one compile more than the float model, and every result is right.
+
+Dynamo's graphs are counted here, with everything that the backend does to them but Inductor's code generation, which
+`bench/check_shapes.py` adds: it compares with backend="inductor" on the float model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import MODELS
+from torch import nn
+
+import pq_fx
+from pq_fx.passes import _torch
+
+# (rows, columns, batch, text tokens, timestep): 3 resolutions, 2 batch sizes, 2 text lengths, other timesteps
+SEQUENCE = (
+    (4, 4, 2, 6, 0.3), (4, 4, 2, 6, 0.9), (4, 6, 2, 6, 0.3), (6, 6, 2, 6, 0.5), (6, 6, 2, 9, 0.5), (6, 6, 3, 9, 0.1),
+    (4, 4, 3, 9, 0.2),
+)  # fmt: skip
+SETTINGS = {"format": "int4", "group_size": 16, "weight_only_format": "int4:16:bf16"}
+
+
+def flux(rows: int, columns: int, batch: int, text: int, time: float) -> dict[str, Any]:
+    ids = torch.zeros(rows * columns, 3)
+    ids[:, 1] = torch.arange(rows).repeat_interleave(columns)
+    ids[:, 2] = torch.arange(columns).repeat(rows)
+    return dict(
+        hidden_states=torch.randn(batch, rows * columns, 12),
+        encoder_hidden_states=torch.randn(batch, text, 20),
+        pooled_projections=torch.randn(batch, 24),
+        timestep=torch.full((batch,), time),
+        guidance=torch.full((batch,), 3.5),
+        img_ids=ids,
+        txt_ids=torch.zeros(text, 3),
+    )
+
+
+def wan(rows: int, columns: int, batch: int, text: int, time: float) -> dict[str, Any]:
+    return dict(
+        hidden_states=torch.randn(batch, 4, 1, 2 * rows, 2 * columns),
+        encoder_hidden_states=torch.randn(batch, text, 16),
+        timestep=torch.full((batch,), 1000 * time),
+    )
+
+
+# name: configuration as a whole, with 12 blocks for regional compilation, inputs
+CLASSES: dict[str, tuple[dict, dict, Callable[..., dict]]] = {
+    "flux": (
+        {"num_layers": 1, "num_single_layers": 1},
+        {"num_layers": 4, "num_single_layers": 8},
+        flux,
+    ),
+    "wan": (
+        {"attention_head_dim": 16, "num_layers": 1},
+        {"attention_head_dim": 16, "num_layers": 3},
+        wan,
+    ),
+}
+
+
+@pytest.fixture
+def count_graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many graphs reached code generation, which is left out."""
+    graphs = [0]
+
+    def compile_fx(gm: torch.fx.GraphModule, inputs: Any, **_: Any) -> Callable:
+        graphs[0] += 1
+        return gm.forward
+
+    monkeypatch.setattr(_torch, "compile_fx", compile_fx)
+    return graphs
+
+
+def float_graphs(model: nn.Module, calls: list[dict], regional: bool) -> int:
+    """How many graphs the float model has over these calls."""
+    graphs = 0
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Callable:
+        nonlocal graphs
+        graphs += 1
+        return gm.forward
+
+    torch._dynamo.reset()
+    run = compiled(model, backend, regional)
+    for call in calls:
+        run(**call)
+    return graphs
+
+
+def compiled(model: nn.Module, backend: Any, regional: bool) -> Callable:
+    if not regional:
+        return torch.compile(model, backend=backend, fullgraph=True)
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    return model
+
+
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+@pytest.mark.parametrize("name", CLASSES)
+@torch.no_grad()
+def test_new_shapes(name: str, regional: bool, count_graphs: list[int]) -> None:
+    whole, blocks, make = CLASSES[name]
+    case, changes = MODELS[name], blocks if regional else whole
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return case.build(case.tiny_config | changes)
+
+    calls = [make(*shape) for shape in SEQUENCE]
+    wanted = float_graphs(build(), calls, regional)
+    torch._dynamo.reset()
+    model = build()
+    quantizer = pq_fx.prepare(model, SETTINGS)
+    with quantizer.calibrate():
+        model(**calls[0])
+    quantizer.convert()
+    eager = [model(**call)[0] for call in calls]
+    torch._dynamo.reset()
+    count_graphs[0] = 0
+    run = compiled(model, "permuquant", regional)
+    for call, want in zip(calls, eager, strict=True):
+        got = run(**call)[0]
+        assert ((got - want).norm() / want.norm()).item() < 1e-5
+    assert 0 < count_graphs[0] <= wanted + 1
+
+    # A second instance of the class has other weights in the same code.
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    other = case.build(case.tiny_config | changes)
+    quantizer = pq_fx.prepare(other, SETTINGS)
+    with quantizer.calibrate():
+        other(**calls[0])
+    quantizer.convert()
+    want = other(**calls[0])[0]
+    assert not torch.allclose(want, eager[0], rtol=0.1)
+    first, second = compiled(model, "permuquant", regional), compiled(other, "permuquant", regional)
+    assert torch.allclose(first(**calls[0])[0], eager[0], atol=1e-4)
+    assert torch.allclose(second(**calls[0])[0], want, atol=1e-4)
