@@ -26,13 +26,15 @@ from graph_properties import check, check_lowering
 from graphs import random_network
 
 LOWERED = 4  # one graph in so many is lowered too
+CHUNK = 250  # results are stored after so many
 
 
-def run(first: int, count: int, step: int) -> tuple[Counter, list[dict[str, Any]]]:
+def run(first: int, count: int) -> tuple[Counter, list[dict[str, Any]]]:
+    """Check the graphs of `count` seeds from `first` on."""
     torch.set_num_threads(1)
     counts: Counter = Counter()
     wrong: list[dict[str, Any]] = []
-    for seed in range(first, first + count, step):
+    for seed in range(first, first + count):
         rng = np.random.default_rng(seed)
         net = random_network(lambda n, rng=rng: int(rng.integers(n)))
         counts["tried"] += 1
@@ -41,13 +43,34 @@ def run(first: int, count: int, step: int) -> tuple[Counter, list[dict[str, Any]
             try:
                 property_(net, seed, counts)
             except Exception:
-                wrong.append(
-                    {"seed": seed, "moves": net.moves, "error": traceback.format_exc(limit=-2)}
-                )
+                error = traceback.format_exc(limit=-2)
+                wrong.append({"seed": seed, "moves": net.moves, "error": error})
                 print(json.dumps(wrong[-1]), flush=True)
-        if counts["tried"] % 500 == 0:
-            print(f"{counts['tried']} tried, {len(wrong)} wrong", flush=True)
     return counts, wrong
+
+
+def summary(counts: Counter, wrong: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """What is stored: counts, the share of quantized inputs whose permutation folds, histograms."""
+    named: dict[str, dict[str, int]] = {"op": {}, "move": {}}
+    plain: dict[str, int] = {}
+    for key, n in counts.most_common():
+        kind, _, rest = key.partition(" ")
+        if kind in named:
+            named[kind][rest] = n
+        else:
+            plain[key.replace(":", "").replace(" ", "_")] = n
+    return {
+        "tried": plain.pop("tried"),
+        "wrong": len(wrong),
+        "counterexamples": wrong,
+        "foldable_share": round(counts["foldable points"] / max(counts["points"], 1), 4),
+        **plain,
+        "moves": named["move"],
+        "operations": named["op"],
+        "torch": torch.__version__,
+        "device": "cpu",
+        "seconds": round(seconds, 1),
+    }
 
 
 def main() -> None:
@@ -57,50 +80,19 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    start = time.perf_counter()
-    counts: Counter = Counter()
+    start, counts = time.perf_counter(), Counter()
     wrong: list[dict[str, Any]] = []
-    if args.shards == 1:
-        counts, wrong = run(args.first, args.graphs, 1)
-    else:
-        with ProcessPoolExecutor(args.shards) as pool:
-            jobs = [
-                pool.submit(run, args.first + i, args.graphs - i, args.shards)
-                for i in range(args.shards)
-            ]
-            for job in jobs:
-                some, bad = job.result()
-                counts += some
-                wrong += bad
-    named = {
-        prefix: {
-            k.removeprefix(prefix + " "): n
-            for k, n in counts.most_common()
-            if k.startswith(prefix + " ")
-        }
-        for prefix in ("op", "move")
-    }
-    result = {
-        "tried": counts["tried"],
-        "wrong": len(wrong),
-        "counterexamples": wrong,
-        "foldable_share": round(counts["foldable points"] / max(counts["points"], 1), 4),
-        **{
-            k.replace(":", "").replace(" ", "_"): n
-            for k, n in counts.items()
-            if " " not in k or k.split()[0] not in named
-        },
-        "moves": named["move"],
-        "operations": named["op"],
-        "torch": torch.__version__,
-        "device": "cpu",
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    print(
-        json.dumps({k: v for k, v in result.items() if k not in ("operations", "counterexamples")})
-    )
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    end = args.first + args.graphs
+    firsts = range(args.first, end, CHUNK)
+    with ProcessPoolExecutor(args.shards) as pool:
+        for some, bad in pool.map(run, firsts, [min(CHUNK, end - i) for i in firsts]):
+            counts += some
+            wrong += bad
+            result = summary(counts, wrong, time.perf_counter() - start)
+            brief = {k: result[k] for k in ("tried", "wrong", "foldable_share", "seconds")}
+            print(json.dumps(brief), flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(bool(wrong))
 
 
