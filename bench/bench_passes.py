@@ -1,11 +1,12 @@
-"""Seconds of each pass on FLUX.1 graphs of 5+10, 10+19 and 19+38 blocks, and how they grow.
+"""CPU seconds of each pass on FLUX.1 graphs of 5+10, 10+19 and 19+38 blocks, and how they grow.
 
     python bench/bench_passes.py --out bench/results/passes.json
 
 The float model's graph is retraced, searched for regions, observed and verified (with a permutation in every
 region); then the same model with empty quantized linears is retraced, lowered and verified. "tiny" has 3 heads of 16
 channels, "real" the published width; both on the meta device, so the time is that of the passes, not of tensors.
-Dynamo's own time is given beside. One core is enough; set OMP_NUM_THREADS=1.
+Dynamo's own time is given beside. Seconds are CPU seconds of one thread, so that other work on the machine does not
+count.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class Clock:
         """Call the function and book its seconds under `name`."""
         # A collection of Dynamo's garbage is not the pass's time; its own garbage still is.
         gc.collect()
-        start = time.perf_counter()
+        start = time.process_time()
         result = function(*args)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start
         return result
 
 
@@ -73,15 +74,15 @@ def trace(
     torch._dynamo.reset()
 
     def timed(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        start = time.perf_counter()
+        start = time.process_time()
         result = backend(gm, inputs)
-        clock.seconds["dynamo"] = clock.seconds.get("dynamo", 0.0) - (time.perf_counter() - start)
+        clock.seconds["dynamo"] = clock.seconds.get("dynamo", 0.0) - (time.process_time() - start)
         return result
 
     with torch.no_grad():
-        start = time.perf_counter()
+        start = time.process_time()
         torch.compile(model, backend=timed, fullgraph=True, dynamic=False)(**inputs)
-        clock.seconds["dynamo"] = clock.seconds.get("dynamo", 0.0) + time.perf_counter() - start
+        clock.seconds["dynamo"] = clock.seconds.get("dynamo", 0.0) + time.process_time() - start
 
 
 def measure(layers: int, singles: int, width: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def image_text(channels: int, side: int, text: tuple[int, int], time: torch.Tens
 
 
 PATCH_CLASS = dict(
-    num_layers=2, attention_head_dim=8, num_attention_heads=3, in_channels=4, out_channels=8, attention_bias=True,
+    num_layers=2, attention_head_dim=8, num_attention_heads=4, in_channels=4, out_channels=8, attention_bias=True,
     activation_fn="gelu-approximate", norm_elementwise_affine=False, sample_size=8, patch_size=2,
 )  # fmt: skip
 BOTH = ("num_layers", "num_single_layers")
@@ -157,7 +157,7 @@ MODELS: dict[str, Model] = {
     "pixart": Model(
         D.PixArtTransformer2DModel,
         PATCH_CLASS | dict(
-            caption_channels=16, cross_attention_dim=24, num_embeds_ada_norm=8, norm_type="ada_norm_single",
+            caption_channels=16, cross_attention_dim=32, num_embeds_ada_norm=8, norm_type="ada_norm_single",
             norm_eps=1e-6, use_additional_conditions=False,
         ),
         lambda: image_text(4, 8, (5, 16), long(3, 5))
@@ -178,7 +178,7 @@ MODELS: dict[str, Model] = {
     "wan": Model(
         D.WanTransformer3DModel,
         dict(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
             text_dim=16, freq_dim=32, ffn_dim=32, num_layers=2, cross_attn_norm=True,
             qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
         ),
@@ -188,9 +188,9 @@ MODELS: dict[str, Model] = {
     "hunyuan": Model(
         D.HunyuanVideoTransformer3DModel,
         dict(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1,
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
             num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True,
-            text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
+            text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6),
         ),
         lambda: image_text(4, 8, (6, 16), long(3, 5)) | dict(
             hidden_states=randn(2, 4, 1, 8, 8), pooled_projections=randn(2, 8), guidance=real(1, 2),
@@ -253,9 +253,9 @@ MODELS: dict[str, Model] = {
     "lumina": Model(
         D.Lumina2Transformer2DModel,
         dict(
-            sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_refiner_layers=1,
+            sample_size=16, patch_size=2, in_channels=4, hidden_size=48, num_layers=2, num_refiner_layers=1,
             num_attention_heads=3, num_kv_heads=1, multiple_of=2, ffn_dim_multiplier=None, norm_eps=1e-5,
-            scaling_factor=1.0, axes_dim_rope=(4, 2, 2), axes_lens=(128, 128, 128), cap_feat_dim=32,
+            scaling_factor=1.0, axes_dim_rope=(8, 4, 4), axes_lens=(128, 128, 128), cap_feat_dim=32,
         ),
         lambda: image_text(4, 16, (6, 32), real(0.3, 0.5))
         | dict(encoder_attention_mask=torch.ones(2, 6, dtype=torch.bool)),
@@ -282,7 +282,7 @@ MODELS: dict[str, Model] = {
     "bert": Model(
         T.BertModel,
         dict(
-            hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48, vocab_size=50
+            hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, vocab_size=50
         ),
         lambda: dict(input_ids=torch.randint(0, 50, (2, 7))),
         {}, TEXT_512, ("num_hidden_layers",),
