@@ -1,7 +1,8 @@
 """Calibration statistics of a point: running moments and a uniform sample of rows.
 
 `pq::observe` updates them in place during the user's own calls. Everything adds up: over calls,
-over a run that was cut off and goes on, and over processes (`Moments.merge`), because the sample is
+over a run that was cut off and goes on (a call that fails is undone, `journal`), and over processes
+(`Moments.merge`), because the sample is
 a bottom-k sketch: every row ever seen draws a uniform random key, and the rows with the R smallest
 keys stay. The union of two sketches is the sketch of the union (Cohen and Kaplan, "Summarizing data
 using bottom-k sketches", PODC 2007), so the sample is uniform over all rows of all calls, hence
@@ -10,7 +11,9 @@ over all timesteps, however many there are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 
 import torch
@@ -114,6 +117,11 @@ class Moments:
                 "by a rule"
             )
 
+    def to(self, device: torch.device | str) -> Moments:
+        """The same statistics with what depends on K on `device`."""
+        sums, amax, rows = (t.to(device) for t in (self.sum_squares, self.amax, self.rows))
+        return Moments(self.count, self.calls, sums, amax, self.keys, rows)
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The six tensors in the order in which `pq::observe` and the observed graph take them."""
         return self.count, self.calls, self.sum_squares, self.amax, self.keys, self.rows
@@ -145,6 +153,55 @@ class Moments:
 FIELDS: tuple[str, ...] = tuple(f.name for f in fields(Moments))
 
 
+class Journal:
+    """What updates overwrote since `journal()` was opened, so that a call that fails leaves no trace.
+
+    It holds the sums of each point and the sampled rows that newer ones replaced: none at the first call, of R rows
+    about R / c at the c-th call of equal size.
+    """
+
+    def __init__(self) -> None:
+        self._overwritten: list[tuple[Tensor, Tensor | None, Tensor | float]] = []
+
+    def keep(self, *tensors: Tensor) -> None:
+        """Note whole tensors before they change."""
+        self._overwritten += [(t, None, t.clone()) for t in tensors]
+
+    def keep_slots(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
+        """Note slots [s] of the sample before they change; rows of empty slots are zero."""
+        there = slots.to(rows.device)
+        empty = bool(torch.isinf(keys[slots]).all())
+        self._overwritten += [
+            (rows, there, 0.0 if empty else rows[there]),
+            (keys, slots, keys[slots]),
+        ]
+
+    def undo(self) -> None:
+        """Put everything back."""
+        while self._overwritten:
+            tensor, index, old = self._overwritten[-1]
+            if index is None:
+                tensor.copy_(old)  # type: ignore[arg-type]
+            else:
+                tensor[index] = old
+            self._overwritten.pop()  # after the write: an interrupted undo can be repeated
+
+
+_journal: ContextVar[Journal | None] = ContextVar("journal", default=None)
+
+
+@contextmanager
+def journal() -> Iterator[Journal]:
+    """While open, updates of this thread can be undone."""
+    token = _journal.set(Journal())
+    try:
+        opened = _journal.get()
+        assert opened is not None
+        yield opened
+    finally:
+        _journal.reset(token)
+
+
 def observe(
     x: Tensor,
     count: Tensor,
@@ -167,6 +224,9 @@ def observe(
     flat = x.detach().reshape(-1, channels)
     n = flat.shape[0]
     fresh = torch.rand(n, dtype=torch.float64, generator=_generator(seed, int(calls)))
+    opened = _journal.get()
+    if opened is not None:
+        opened.keep(count, calls, sum_squares, amax)
     calls += 1
     if n == 0:
         return
@@ -186,6 +246,8 @@ def observe(
     leaves[stay[stay < size]] = False
     new = taken[(stay[stay >= size] - size).sort().values]
     slots = leaves.nonzero().squeeze(1)
+    if opened is not None:
+        opened.keep_slots(keys, rows, slots)
     keys[slots] = fresh[new]
     rows[slots.to(rows.device)] = flat[new.to(flat.device)].to(rows.dtype)
 

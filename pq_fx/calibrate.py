@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,27 +18,9 @@ from pq_fx.errors import CalibrationError
 from pq_fx.passes import observe, verify
 from pq_fx.passes.regions import RegionMap, find_regions
 from pq_fx.passes.retrace import parameter_inputs, retrace
-from pq_fx.plan import Plan
+from pq_fx.statistics import Statistics
 
 log = logging.getLogger("pq_fx")
-
-
-@dataclass
-class Statistics:
-    """What calibration gathered: the plan of the model's regions and the moments of each point, by parameter name."""
-
-    plan: Plan = field(default_factory=Plan)
-    moments: dict[str, observe.Moments] = field(default_factory=dict)
-    calls: int = 0
-    graphs: int = 0
-    # Each graph with the names of its parameters, to check that folds are closed before anything is changed.
-    bound: list[tuple[fx.GraphModule, dict[str, str], dict[str, torch.Size]]] = field(
-        default_factory=list
-    )
-
-    def forget(self) -> None:
-        """Start anew; observers made before must not be used any more."""
-        self.plan, self.moments, self.bound, self.graphs = Plan(), {}, [], 0
 
 
 class Observer:
@@ -125,5 +106,7 @@ class ObservedGraph:
             if name not in moments:
                 channels = self.found.linears[point].in_features
                 moments[name] = observe.Moments.create(channels, rows=observer.rows, device=device)
+            elif moments[name].rows.device != device:  # read from a file, or the model has moved
+                moments[name] = moments[name].to(device)
             tensors += moments[name].tensors()
         return tensors

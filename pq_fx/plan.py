@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,55 +22,92 @@ class LinearFact:
     reason: str
 
 
+@dataclass(frozen=True)
+class GraphFacts:
+    """What one graph showed, by parameter names: those it reads, its regions by name, its linears.
+
+    `scale_params` names, by a point's name, the parameters that take over a scale of its channels (passes/scales.py).
+    """
+
+    params: frozenset[str]
+    regions: dict[str, Region]
+    linears: tuple[LinearFact, ...]
+    scale_params: dict[str, tuple[str, ...]]
+
+    def same(self, other: GraphFacts) -> bool:
+        """Whether the two say the same; another resolution's graph of a model usually does."""
+        return (
+            self.params == other.params
+            and self.linears == other.linears
+            and self.scale_params == other.scale_params
+            and self.regions.keys() == other.regions.keys()
+            and all(_same(r, other.regions[name]) for name, r in self.regions.items())
+        )
+
+
 @dataclass
 class Plan:
     """Regions and linears in terms of parameter names (`blocks.0.attn.to_q.weight`)."""
 
     regions: dict[str, Region] = field(default_factory=dict)
     linears: dict[str, LinearFact] = field(default_factory=dict)
-    # By the point's weights: parameters that take over a scale of its channels (passes/scales.py).
     scale_params: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    _graphs: list[tuple[frozenset[str], dict[str, Region]]] = field(default_factory=list)
+    graphs: list[GraphFacts] = field(default_factory=list)  # from which the others follow
 
     def add(
         self, found: RegionMap, names: Mapping[str, str], params: frozenset[str]
     ) -> dict[str, str]:
         """Take in one graph's regions; `names` maps its placeholders to parameter names.
 
-        Returns the graph's point names -> parameter names. Two graphs that disagree about a region (a parameter is
-        used differently in each) take away its freedom to fold; each point can still gather.
+        Returns the graph's point names -> parameter names.
         """
+        linears = []
+        for weight, linear in found.linears.items():
+            fqn = names.get(weight, weight).removesuffix(".weight")
+            sizes = (linear.in_features, linear.out_features)
+            linears.append(LinearFact(fqn, *sizes, linear.treatment, linear.reason))
         regions = {names[r.name]: rename_region(r, names) for r in found.regions}
-        for name, region in regions.items():
+        scales = _scale_params(found, names)
+        self.take(GraphFacts(params, regions, tuple(linears), scales))
+        return {p.name: names[p.name] for r in found.regions for p in r.points}
+
+    def take(self, facts: GraphFacts) -> None:
+        """Join one graph's facts.
+
+        Two graphs that disagree about a region (a parameter is used differently in each) take away its freedom to
+        fold; each point can still gather.
+        """
+        if any(facts.same(known) for known in self.graphs):
+            return
+        for name, region in facts.regions.items():
             known = self.regions.get(name)
             self.regions[name] = (
                 region
                 if known is None or _same(known, region)
                 else _unfold(region, "graphs disagree")
             )
-        for weight, linear in found.linears.items():
-            fqn = names.get(weight, weight).removesuffix(".weight")
-            self.linears.setdefault(
-                fqn,
-                LinearFact(
-                    fqn, linear.in_features, linear.out_features, linear.treatment, linear.reason
-                ),
-            )
-        self._add_scale_params(found, names)
-        self._graphs.append((params, regions))
+        for linear in facts.linears:
+            self.linears.setdefault(linear.fqn, linear)
+        for point, own in facts.scale_params.items():
+            # Graphs that disagree leave an explicit multiplication, which is always right.
+            if self.scale_params.setdefault(point, own) != own:
+                self.scale_params[point] = ()
+        self.graphs.append(facts)
         self._check_foreign_use()
-        return {p.name: names[p.name] for r in found.regions for p in r.points}
 
-    def _add_scale_params(self, found: RegionMap, names: Mapping[str, str]) -> None:
-        for region in found.regions:
-            for point in region.points:
-                readers = [found.linears[n].node for n in point.linears]
-                params = scale_params(found.sources[point.name], readers, names)
-                own = tuple(names[p] for p in params)
-                # Graphs that disagree leave an explicit multiplication, which is always right.
-                known = self.scale_params.setdefault(names[point.name], own)
-                if known != own:
-                    self.scale_params[names[point.name]] = ()
+    @classmethod
+    def of(cls, graphs: Iterable[GraphFacts]) -> Plan:
+        """The plan that these graphs make together, in this order."""
+        plan = cls()
+        for facts in graphs:
+            plan.take(facts)
+        return plan
+
+    def copy(self) -> Plan:
+        """A plan that further graphs can be added to without changing this one."""
+        return Plan(
+            dict(self.regions), dict(self.linears), dict(self.scale_params), list(self.graphs)
+        )
 
     def _check_foreign_use(self) -> None:
         """A region may fold only where every graph that reads its parameters shows the same region."""
@@ -78,12 +115,23 @@ class Plan:
             if not region.axes:
                 continue
             touched = {a.param for a in region.axes}
-            for params, regions in self._graphs:
-                if touched & params and (name not in regions or not _same(regions[name], region)):
+            for facts in self.graphs:
+                theirs = facts.regions.get(name)
+                if touched & facts.params and (theirs is None or not _same(theirs, region)):
                     self.regions[name] = _unfold(
                         region, "another graph uses its parameters otherwise"
                     )
                     break
+
+
+def _scale_params(found: RegionMap, names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    result = {}
+    for region in found.regions:
+        for point in region.points:
+            readers = [found.linears[n].node for n in point.linears]
+            params = scale_params(found.sources[point.name], readers, names)
+            result[names[point.name]] = tuple(names[p] for p in params)
+    return result
 
 
 def rename_region(region: Region, names: Mapping[str, str]) -> Region:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,14 +11,19 @@ from typing import Any
 from torch import nn
 
 from pq_fx import integrations
-from pq_fx.calibrate import Observer, Statistics
+from pq_fx.calibrate import Observer
 from pq_fx.config import QuantConfig
 from pq_fx.convert import convert
+from pq_fx.distributed import all_reduce, own_seed
 from pq_fx.errors import CalibrationError, ConfigError
 from pq_fx.modules import quantized_linears
 from pq_fx.passes._torch import every_graph
 from pq_fx.pointwise import linearized
+from pq_fx.progress import CalibrationProgress
 from pq_fx.report import Report
+from pq_fx.session import Session
+from pq_fx.statistics import ModelId, Statistics
+from pq_fx.statistics_file import load_statistics, save_statistics
 
 log = logging.getLogger("pq_fx")
 
@@ -38,71 +44,107 @@ class Quantizer:
         self.config = config
         self._statistics = statistics if statistics is not None else Statistics()
         self._converted = False
+        self._progress: CalibrationProgress | None = None
+
+    @property
+    def calls(self) -> int:
+        """Whole calls of the model that the statistics hold, those of earlier runs among them."""
+        return self._statistics.calls
 
     @contextmanager
-    def calibrate(self) -> Iterator[Quantizer]:
+    def calibrate(
+        self,
+        *,
+        total: int | None = None,
+        skip: int = 0,
+        autosave: str | os.PathLike[str] | None = None,
+        autosave_seconds: float = 300.0,
+        progress: bool | None = None,
+    ) -> Iterator[Quantizer]:
         """While this is open, calls of the model gather statistics; results are the float model's own.
 
-        May be opened several times; statistics add up. Raises CalibrationError when no call was made.
+        May be opened several times; statistics add up. A call counts when it is complete: one that is interrupted or
+        raises leaves no trace, and what earlier ones gathered is kept, for `convert` or `save_statistics`. A first call
+        that comes in several graphs is run twice, since filling a cache may have broken the graph.
+
+        Args:
+            total: calls there will be in all, to tell the time left.
+            skip: run this many calls without counting them, to repeat a run whose first calls are in the statistics
+                already: ``calibrate(skip=quantizer.calls)`` around the same calls.
+            autosave: file to save the statistics in now and then, and at the end, also at an interruption.
+            autosave_seconds: time between two saves.
+            progress: True draws, False is silent; None draws on a terminal and logs a line a call elsewhere.
+
+        Raises:
+            CalibrationError: no call was made, the model is converted already, or the statistics that it starts from
+                belong to another model or keep another number of rows.
         """
         if self._converted:
             raise CalibrationError(
                 "this model is converted already; calibration needs the float model"
             )
+        gathered = self._statistics
+        gathered.check_rows(self.config.calibration_rows)
         before = getattr(self.model, "_compiled_call_impl", None)
-        calls = self._statistics.calls
-        compiled: Callable[..., Any]
-
-        def watch() -> None:
-            # A new backend object each time: Dynamo traces anew.
-            nonlocal compiled
-            self.model.compile(backend=self.observer())
-            assert self.model._compiled_call_impl is not None
-            compiled, self.model._compiled_call_impl = self.model._compiled_call_impl, call
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            # Around the compiled call and not in a hook, which Dynamo would trace and guard.
-            if self._came_in_pieces():
-                self._statistics.forget()
-                watch()
-            result = compiled(*args, **kwargs)
-            self.count_call()
-            return result
-
-        try:
-            with every_graph() as breaks, linearized(self.model):
-                watch()
-                yield self
-        finally:
-            self.model._compiled_call_impl = before
+        shown = self._progress = CalibrationProgress(gathered, total, show=progress)
+        with linearized(self.model):
+            session = Session(self.model, gathered, self.observer, self._seed, shown, skip)
+            session.save_to(autosave, autosave_seconds)
+            try:
+                with every_graph() as breaks, shown:
+                    yield self
+            except BaseException as error:
+                if gathered.calls:
+                    what = (
+                        "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+                    )
+                    log.info("%s after %d calls; what they gathered is kept", what, gathered.calls)
+                    session.save()
+                raise
+            finally:
+                self.model._compiled_call_impl = before
         for reason, count in breaks.items():
             log.info("Dynamo broke the graph %d times, where regions end: %s", count, reason)
-        if self._statistics.calls == calls:
+        if session.calls == 0:
             raise CalibrationError(
                 f"{type(self.model).__name__} was not called inside calibrate(); run the pipeline that uses it there"
             )
+        session.save()
 
-    def _came_in_pieces(self) -> bool:
-        """Whether the one call so far was broken into several graphs.
+    def expect(self, total: int) -> None:
+        """Say, inside `calibrate`, how many calls there will be in all, when it becomes known."""
+        if self._progress is not None:
+            self._progress.total = total
 
-        A first call may fill a cache in a way that breaks the graph (Z-Image's table of rotations), which splits
-        regions and makes intermediate values look like inputs, and Dynamo would go on with the pieces. The second call
-        is watched anew; where it comes in pieces again, nothing but the first call's rows is lost.
+    def save_statistics(self, path: str | os.PathLike[str]) -> None:
+        """Write what was gathered into a file for `prepare(model, config, statistics=path)`.
+
+        A calibration that goes on from it (same config, the same calls but for those it holds) gives the same bits as
+        one that was never interrupted. Raises CalibrationError when nothing was gathered.
         """
-        pieces = self._statistics.graphs if self._statistics.calls == 1 else 1
-        if pieces > 1:
-            log.info("the first call came in %d graphs; calibration starts anew", pieces)
-        return pieces > 1
+        save_statistics(self._statistics, path)
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Add up the statistics of all processes of torch.distributed (or of `group`); all end with the same.
+
+        Every process must call it, once, after its own calibration on its own share of the prompts. Raises
+        CalibrationError, on all alike, when they cannot be added up.
+        """
+        self._statistics = all_reduce(self._statistics, group)
 
     def observer(self) -> Observer:
         """A Dynamo backend that gathers this quantizer's statistics."""
-        return Observer(
-            self.model, self._statistics, self.config.calibration_rows, self.config.seed
-        )
+        return Observer(self.model, self._statistics, self.config.calibration_rows, self._seed)
+
+    @property
+    def _seed(self) -> int:
+        """Of this process's samples."""
+        return own_seed(self.config.seed)
 
     def count_call(self) -> None:
         """Note that the model was called once."""
         self._statistics.calls += 1
+        self._statistics.seeds |= {self._seed}
 
     def statistics(self) -> Statistics:
         """What was gathered; pass it to `prepare(copy, other_config, statistics=...)` to calibrate once for several."""
@@ -132,13 +174,15 @@ def prepare(
     model: nn.Module,
     config: QuantConfig | str | dict[str, object] | None = None,
     *,
-    statistics: Statistics | None = None,
+    statistics: Statistics | str | os.PathLike[str] | None = None,
 ) -> Quantizer:
     """Get ready to quantize `model` in place.
 
     `config` is a QuantConfig, a preset's name ("w4a4-nvfp4") or a dict of settings. `statistics` of an earlier
-    calibration of the same weights spare a new one. Raises ConfigError for a wrong setting and CalibrationError for
-    a model that is quantized already; nothing is changed here.
+    calibration of the same weights, or the file that `save_statistics` wrote, spare a new one or are added to.
+
+    Raises ConfigError for a wrong setting, and CalibrationError for a model that is quantized already or statistics
+    that cannot be read or belong to another model; nothing is changed here.
     """
     inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if not isinstance(inner, nn.Module):
@@ -147,4 +191,9 @@ def prepare(
         raise CalibrationError(
             "this model has quantized linears already; prepare expects the float model"
         )
-    return Quantizer(inner, QuantConfig.of(config), statistics)
+    settings = QuantConfig.of(config)
+    if isinstance(statistics, (str, os.PathLike)):
+        statistics = load_statistics(statistics)
+    if statistics is not None and statistics.model is not None:
+        statistics.model.check(ModelId.of(inner), "these statistics")
+    return Quantizer(inner, settings, statistics)

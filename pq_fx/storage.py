@@ -72,6 +72,21 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a name beside `target` to write to; on success it becomes `target`, on an error it is removed."""
+    final = Path(target).resolve()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    fresh = final.with_name(f".{final.name}.new-{uuid.uuid4().hex[:12]}")
+    try:
+        yield fresh
+        _sync(fresh)
+        fresh.replace(final)
+        _sync(final.parent)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()

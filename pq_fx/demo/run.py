@@ -23,7 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-from pq_fx.calibrate import Statistics
 from pq_fx.config import QuantConfig
 from pq_fx.demo.model import load_model, velocity
 from pq_fx.demo.plots import grid, layer_errors
@@ -32,6 +31,7 @@ from pq_fx.demo.sampling import noise, psnr, sample
 from pq_fx.errors import ConfigError
 from pq_fx.quantizer import prepare
 from pq_fx.report import Report
+from pq_fx.statistics import Statistics
 
 FORMATS = ("int4", "int3")
 GROUP_SIZE = 64
