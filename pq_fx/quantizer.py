@@ -96,7 +96,9 @@ class Quantizer:
             except BaseException as error:
                 if gathered.calls:
                     what = (
-                        "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+                        "interrupted"
+                        if isinstance(error, KeyboardInterrupt)
+                        else type(error).__name__
                     )
                     log.info("%s after %d calls; what they gathered is kept", what, gathered.calls)
                     session.save()
