@@ -3,8 +3,8 @@
 Importing this module registers them. On a CPU an op runs the plain-PyTorch reference; on CUDA the
 Triton launcher of the same name, imported when the first CUDA tensor arrives. Compiled for a CPU,
 Inductor replaces the ops by `decompositions`. The ops are functional and for inference: a backward
-pass through one raises PQError. (mxfp4 activations as "codes" are two uint8 tensors, which autograd
-cannot follow: their input gets no gradient at all, without an error.)
+pass through one raises PQError. mxfp4 activations as "codes" are two uint8 tensors, which autograd
+cannot follow: `inference_only(y, x)`, y with a tie to x, keeps their input from a partial gradient.
 """
 
 from __future__ import annotations
@@ -235,6 +235,13 @@ def _register() -> torch.library.Library:
     )
     library.impl("no_gradient", _no_gradient, "CompositeExplicitAutograd")
     torch.library.register_fake("pq::no_gradient", _no_gradient_fake, lib=library)
+    library.define("inference_only(Tensor y, Tensor x) -> Tensor", tags=tags)
+    library.impl("inference_only", lambda y, x: y.clone(), "CompositeExplicitAutograd")
+    torch.library.register_fake("pq::inference_only", lambda y, x: y.clone(), lib=library)
+    setup_context, backward = _inference_only("linear")
+    torch.library.register_autograd(
+        "pq::inference_only", backward, setup_context=setup_context, lib=library
+    )
     for name, schema in _SCHEMAS.items():
         library.define(name + schema, tags=tags)
         library.impl(name, _REFERENCE[name], "CPU")

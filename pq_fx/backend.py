@@ -103,11 +103,10 @@ class _FirstCalls:
     """Calibrates a float model in its first `steps` calls, then converts it."""
 
     def __init__(self, model: nn.Module, config: QuantConfig, steps: int) -> None:
-        self.quantizer = Quantizer(model, config)
+        self.quantizer: Quantizer | None = Quantizer(model, config)
         self.observer = self.quantizer.observer()
         self.steps = steps
         self.leader: torch.Tensor | None = None
-        self.done = False
         log.info("permuquant: calibrating %s in its first %d calls", type(model).__name__, steps)
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -120,21 +119,26 @@ class _FirstCalls:
     def _call(self, run: ObservedGraph, args: Sequence[Any]) -> Any:
         result = run(*args)
         # A model with graph breaks runs several graphs a call; the one that reads the leader counts.
-        if not self.done and any(args[i] is self.leader for i in run.params.values()):
-            self.quantizer.count_call()
+        quantizer = self.quantizer
+        if quantizer is None or not any(args[i] is self.leader for i in run.params.values()):
+            return result
+        quantizer.count_call()
+        calls = quantizer.statistics().calls
+        log.info("permuquant: calibration call %d of %d", calls, self.steps)
+        if calls >= self.steps:
+            report = quantizer.convert()
             log.info(
-                "permuquant: calibration call %d of %d",
-                self.quantizer.statistics().calls,
-                self.steps,
+                "permuquant: converted; the next call compiles the quantized model; %s",
+                report.summary,
             )
-            if self.quantizer.statistics().calls >= self.steps:
-                self.done = True
-                report = self.quantizer.convert()
-                log.info(
-                    "permuquant: converted; the next call compiles the quantized model; %s",
-                    report.summary,
-                )
+            self._let_go(quantizer.model)
         return result
+
+    def _let_go(self, model: nn.Module) -> None:
+        """Dynamo keeps this object with its compiled graphs; the float weights must not live as long."""
+        self.observer.close()
+        self.quantizer = self.leader = None
+        _calibrating.pop(model, None)
 
 
 _calibrating: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -36,6 +36,11 @@ class Observer:
         self.rows = rows
         self.seed = seed
 
+    def close(self) -> None:
+        """Let go of the model: Dynamo keeps compiled graphs, hence this object, after the last call."""
+        self._alive.clear()
+        self.names.clear()
+
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> ObservedGraph:
         """Compile one graph for observation."""
         traced = retrace(gm)
@@ -93,7 +98,9 @@ class ObservedGraph:
             if name is None:
                 raise CalibrationError(
                     f"parameter {placeholder} ({tuple(args[i].shape)}) of the running graph does not belong to the "
-                    "model that is being calibrated; do not replace parameters while calibrating"
+                    "model that is being calibrated. Either a parameter was replaced while calibrating, or several "
+                    "models or blocks of one class, which share compiled code, were compiled with "
+                    "calibration_steps: quantize the whole model with pq_fx.prepare, calibrate, convert instead"
                 )
             names[placeholder] = name
         points = observer.statistics.plan.add(self.found, names, frozenset(names.values()))
@@ -105,7 +112,10 @@ class ObservedGraph:
             device = args[self.params[point]].device
             if name not in moments:
                 channels = self.found.linears[point].in_features
-                moments[name] = observe.Moments.create(channels, rows=observer.rows, device=device)
+                with torch.inference_mode(False):  # else no later call outside it could update them
+                    moments[name] = observe.Moments.create(
+                        channels, rows=observer.rows, device=device
+                    )
             elif moments[name].rows.device != device:  # read from a file, or the model has moved
                 moments[name] = moments[name].to(device)
             tensors += moments[name].tensors()

@@ -10,6 +10,7 @@ passes (passes/lower.py).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,12 @@ import pq_fx.kernels.ops  # noqa: F401  (registers torch.ops.pq)
 from pq_fx.errors import PQError
 from pq_fx.kernels import devices
 from pq_fx.kernels.formats import Format
+from pq_fx.packed_state import PackedModule
+
+_INFERENCE_ONLY = (
+    "a quantized model is for inference only: its packed weights have no gradient. Call model.eval() to use it; to "
+    "train, fine-tune the float model, or fuse a LoRA into it, and quantize again"
+)
 
 
 def _parameter(value: Tensor | None) -> nn.Parameter | None:
@@ -39,7 +46,7 @@ def _keeping_dtype(fn: Callable[[Tensor], Tensor], cast: tuple[Tensor | None, ..
     return apply
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(PackedModule):
     """Quantizes one tensor for all linears that read it; those share this module, as one object.
 
     `perm` (int32 [channels]) reorders the channels and `rotation` applies the block Hadamard transform of that size
@@ -95,6 +102,10 @@ class ActivationQuantizer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActivationQuantizer:
         return super()._apply(_keeping_dtype(fn, cast=()), recurse)
 
+    def packed_settings(self) -> dict[str, Any]:
+        """Channels, format and rotation."""
+        return {"channels": self.channels, "format": self.format, "rotation": self.rotation}
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Quantize x [..., channels] to (data, scale, global_scale), in the carrier of x's device (kernels/ops.py).
 
@@ -114,7 +125,7 @@ class ActivationQuantizer(nn.Module):
         return f"{self.channels}, {self.format}, {order}, rotation={self.rotation}"
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(PackedModule):
     """y = x W^T + b with packed weights; 4-bit activations where it has an input quantizer, else weights only.
 
     Parameters: `weight` uint8 [out_features, bytes], `weight_scale` [out_features, groups] in the format's scale dtype,
@@ -122,6 +133,8 @@ class QuantLinear(nn.Module):
     `low_rank_down` [r, in_features], or None: a 16-bit branch x -> x down^T up^T beside the packed weight (SVDQuant).
     Inference only.
     """
+
+    castable: ClassVar[tuple[str, ...]] = ("bias", "low_rank_up", "low_rank_down")
 
     weight: Tensor
     weight_scale: Tensor
@@ -155,6 +168,7 @@ class QuantLinear(nn.Module):
         self.register_parameter("low_rank_up", _parameter(low_rank_up))
         self.register_parameter("low_rank_down", _parameter(low_rank_down))
         self.input_quantizer = input_quantizer
+        self.training = False
 
     @classmethod
     def empty(
@@ -188,8 +202,14 @@ class QuantLinear(nn.Module):
             _keeping_dtype(fn, (self.bias, self.low_rank_up, self.low_rank_down)), recurse
         )
 
+    def packed_settings(self) -> dict[str, Any]:
+        """Input channels and format."""
+        return {"in_features": self.in_features, "weight_format": self.weight_format}
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in x's dtype."""
+        if self.training:
+            raise PQError(_INFERENCE_ONLY)
         y = self._packed(x)
         if self.low_rank_up is not None and self.low_rank_down is not None:
             y = y + F.linear(F.linear(x, self.low_rank_down), self.low_rank_up)
@@ -207,7 +227,7 @@ class QuantLinear(nn.Module):
                 self.bias,
             )
         data, scale, global_scale = quantizer(x)
-        return torch.ops.pq.linear(
+        y = torch.ops.pq.linear(
             data,
             scale,
             global_scale,
@@ -219,15 +239,19 @@ class QuantLinear(nn.Module):
             self.bias,
             x.dtype,
         )
+        if data.is_floating_point() or scale.is_floating_point() or not x.requires_grad:
+            return y
+        # Autograd cannot follow two integer tensors: without this, x would get a gradient that lacks this linear.
+        return torch.ops.pq.inference_only(y, x)
 
     def train(self, mode: bool = True) -> QuantLinear:
         """Quantized linears have no gradient; asking for training is an error, not a silent no-op."""
+        super().train(
+            mode
+        )  # also where it raises: modules around this one have changed, so calls must fail
         if mode:
-            raise PQError(
-                "a quantized model is for inference only: its packed weights have no gradient. Fine-tune the float "
-                "model, or fuse a LoRA into it, and quantize again"
-            )
-        return super().train(mode)
+            raise PQError(_INFERENCE_ONLY)
+        return self
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""

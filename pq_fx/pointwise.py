@@ -85,9 +85,18 @@ def linearized(model: nn.Module, only: Collection[str] | None = None) -> Iterato
         for name, conv in found.items():
             linear = model.get_submodule(name).linear
             if type(linear) is nn.Linear:
-                # A fold may have given the linear another tensor.
-                conv.weight.data = linear.weight.data.view(conv.weight.shape)  # type: ignore[union-attr,operator]
+                _take_back(conv, linear)
                 _put(model, name, conv)
+
+
+def _take_back(conv: nn.Module, linear: nn.Linear) -> None:
+    """A fold or a move may have given the linear other tensors than those that it shared with the convolution."""
+    weight = conv.weight
+    assert isinstance(weight, Tensor)
+    if linear.weight.data_ptr() != weight.data_ptr():
+        value = linear.weight.data.view(weight.shape)
+        conv.weight = nn.Parameter(value, requires_grad=weight.requires_grad)
+    conv.bias = linear.bias
 
 
 def _linear(conv: nn.Module) -> nn.Linear:

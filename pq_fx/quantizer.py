@@ -6,8 +6,10 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from pq_fx import integrations
@@ -20,7 +22,7 @@ from pq_fx.modules import quantized_linears
 from pq_fx.passes._torch import every_graph
 from pq_fx.pointwise import linearized
 from pq_fx.progress import CalibrationProgress
-from pq_fx.report import Report
+from pq_fx.report import LayerReport, Report
 from pq_fx.session import Session
 from pq_fx.statistics import ModelId, Statistics
 from pq_fx.statistics_file import load_statistics, save_statistics
@@ -105,6 +107,7 @@ class Quantizer:
                 raise
             finally:
                 self.model._compiled_call_impl = before
+                session.close()
         for reason, count in breaks.items():
             log.info("Dynamo broke the graph %d times, where regions end: %s", count, reason)
         if session.calls == 0:
@@ -155,7 +158,8 @@ class Quantizer:
     def convert(self, progress: Callable[[int, int], None] | None = None) -> Report:
         """Choose, fold and pack; the model is quantized in place and the report says what was done to each layer.
 
-        Raises CalibrationError when calibration is missing or not finite; the model is unchanged then.
+        Raises CalibrationError when calibration is missing, not finite, or of another model; the model is unchanged
+        then.
         """
         if self._converted:
             raise CalibrationError("this model is converted already")
@@ -163,13 +167,35 @@ class Quantizer:
         unmatched = self.config.unmatched(names)
         if unmatched and names:
             raise ConfigError(f"these rules match no linear of the model: {', '.join(unmatched)}")
-        with linearized(self.model):
+        # What is packed now must be usable outside inference mode, too.
+        with torch.inference_mode(False), linearized(self.model):
+            self._statistics.check_model(self.model)
             report = convert(self.model, self._statistics, self.config, progress)
+        report = replace(report, layers=(*report.layers, *self._not_seen()))
         self._converted = True
         self.model.quantization_report = report  # type: ignore[assignment]
         integrations.adopt(self.model)
         log.info("%s", report.summary)
         return report
+
+    def _not_seen(self) -> list[LayerReport]:
+        """A row for each linear that no graph of the calibration showed."""
+        plan, modules = self._statistics.plan, dict(self.model.named_modules())
+        tied = {
+            id(modules[n].weight) for n in plan.linears if isinstance(modules.get(n), nn.Linear)
+        }
+        return [
+            LayerReport(
+                name,
+                module.in_features,
+                module.out_features,
+                skip_reason="its weight is another linear's"
+                if id(module.weight) in tied
+                else "no call of the calibration reached it",
+            )
+            for name, module in modules.items()
+            if type(module) is nn.Linear and name not in plan.linears
+        ]
 
 
 def prepare(

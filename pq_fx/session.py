@@ -56,15 +56,23 @@ class Session:
         self._every = self._saved = 0.0
         self._first = True
         self._compiled: Compiled = model
+        self._watcher: Observer | None = None
         self.watch()
 
     def watch(self) -> None:
         """Let Dynamo trace the model anew, with an observer that has met no graph."""
-        self.model.compile(backend=self._observer())
+        self.close()
+        self._watcher = self._observer()
+        self.model.compile(backend=self._watcher)
         compiled = self.model._compiled_call_impl
         assert compiled is not None
         # Around the compiled call and not in a hook, which Dynamo would trace and guard.
         self._compiled, self.model._compiled_call_impl = compiled, self
+
+    def close(self) -> None:
+        """Let go of the model's float weights, which the observer keeps alive while it watches."""
+        if self._watcher is not None:
+            self._watcher.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model and count the call; one that raises leaves no trace in the statistics."""

@@ -138,6 +138,21 @@ class Statistics:
                 "use the same number to go on, or calibrate anew"
             )
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raise CalibrationError unless `model` has the parameters that the graphs know, of the same shapes."""
+        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
+            model.named_buffers(remove_duplicate=False)
+        )
+        for _, names, shapes in self.bound:
+            for placeholder, name in names.items():
+                found = tensors.get(name)
+                if found is None or found.shape != shapes[placeholder]:
+                    has = "has none" if found is None else f"has one of shape {list(found.shape)}"
+                    raise CalibrationError(
+                        f"these statistics belong to another model: they know a parameter {name} of shape "
+                        f"{list(shapes[placeholder])}, {type(model).__name__} {has}. Calibrate this model"
+                    )
+
     def check_folds(self, perms: Mapping[str, np.ndarray]) -> None:
         """Walk every graph with `perms` (region name -> permutation) folded; GraphError where unlike channels meet."""
         self._walk(perms, self.bound)

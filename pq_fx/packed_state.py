@@ -1,0 +1,74 @@
+"""State dicts of packed modules: loading one checks that it holds this module's bytes, before anything is copied.
+
+`nn.Module.load_state_dict` copies whatever has the right shape: a float weight into 8-bit codes (same shape), or codes
+of another format or rotation. Neither would raise, and the model would compute nonsense.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+_METADATA = "permuquant"
+
+
+class PackedModule(nn.Module):
+    """A module whose tensors mean something only together with the settings that `packed_settings` names.
+
+    A state dict carries these settings in its metadata (beside the tensors, as PyTorch's own module versions are), and
+    loading compares them. A state dict without metadata, such as one read from a file of tensors, is checked by dtype
+    and shape. Errors are collected by `load_state_dict`, which raises RuntimeError with all of them, strict or not.
+    """
+
+    castable: ClassVar[tuple[str, ...]] = ()  # parameters that may be loaded from any float dtype
+
+    def packed_settings(self) -> dict[str, Any]:
+        """What the bytes depend on and no tensor says."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata.setdefault(prefix[:-1], {})[_METADATA] = self.packed_settings()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        wrong = self._misfits(state_dict, prefix, local_metadata.get(_METADATA))
+        if wrong:
+            error_msgs += wrong
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _misfits(
+        self, state_dict: dict[str, Any], prefix: str, settings: dict[str, Any] | None
+    ) -> list[str]:
+        wrong = []
+        own = self.packed_settings()
+        if settings is not None and settings != own:
+            wrong.append(
+                f"{prefix[:-1] or 'the module'} was quantized as {settings} in the state dict, and as {own} here; "
+                "load it into a model that was quantized alike, or use pq_fx.load"
+            )
+        for name, value in self._parameters.items():
+            new = state_dict.get(prefix + name)
+            if value is None or not isinstance(new, Tensor):
+                continue
+            fits = new.is_floating_point() if name in self.castable else new.dtype == value.dtype
+            if not fits or new.shape != value.shape:
+                wrong.append(
+                    f"{prefix}{name} is {new.dtype} {list(new.shape)} in the state dict; expected {value.dtype} "
+                    f"{list(value.shape)}: it was not quantized as this model was"
+                )
+        return wrong
