@@ -71,7 +71,7 @@ def trace(
     model: nn.Module, inputs: dict[str, Any], backend: Callable[..., Any], clock: Clock
 ) -> None:
     """Run Dynamo with `backend`; what is not spent in the backend is booked as "dynamo"."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
     def timed(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         start = time.process_time()

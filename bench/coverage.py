@@ -32,7 +32,7 @@ ABSTRACT = ("mlp",)
 
 def look(name: str, layers: int | None = None) -> dict[str, Any]:
     """The summary of one class at its published width; `layers` limits each kind of block."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model, inputs = MODELS[name].published(layers)
     found = pq_fx.inspect(model, **inputs, config="w4a4-int4")
     return {"class": found.model, **found.summary()}

@@ -197,8 +197,8 @@ def _pack_region(
 
 
 def _commit(model: nn.Module, edits: Edits, draft: Draft) -> None:
-    """The swap: kept tensors change in place, each float linear goes before its packed one takes its place."""
-    edits.commit({f"{fqn}.{kind}" for fqn in draft.modules for kind in ("weight", "bias")})
+    """The swap: edited tensors are replaced, each float linear goes before its packed one takes its place."""
+    edits.commit(model, {f"{fqn}.{kind}" for fqn in draft.modules for kind in ("weight", "bias")})
     for fqn, module in draft.modules.items():
         parent, _, child = fqn.rpartition(".")
         device = edits.tensors.pop(f"{fqn}.weight").device

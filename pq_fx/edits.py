@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Axis = tuple[str, int]
 
@@ -57,8 +57,21 @@ class Edits:
         return tensor
 
     @torch.no_grad()
-    def commit(self, keep: set[str]) -> None:
-        """Write the changed tensors back in place, one at a time; `keep` names those that are packed."""
-        for name in self.names():
-            if name not in keep:
-                self.tensors[name].data.copy_(self.edited(name))
+    def commit(self, model: nn.Module, keep: set[str]) -> None:
+        """Put new tensors where `model` holds changed ones, under every name; `keep` names those that are packed.
+
+        The old tensors stay as they are: another model may share them. All new ones are made before the first is put,
+        so running out of memory changes nothing.
+        """
+        new = {
+            id(self.tensors[name]): self.edited(name) for name in self.names() if name not in keep
+        }
+        parameters: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            for leaf, old in module._parameters.items():
+                if id(old) in new and old is not None:
+                    value = nn.Parameter(new[id(old)], requires_grad=old.requires_grad)
+                    module._parameters[leaf] = parameters.setdefault(id(old), value)
+            for leaf, buffer in module._buffers.items():
+                if id(buffer) in new:
+                    module._buffers[leaf] = new[id(buffer)]

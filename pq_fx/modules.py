@@ -246,9 +246,7 @@ class QuantLinear(PackedModule):
 
     def train(self, mode: bool = True) -> QuantLinear:
         """Quantized linears have no gradient; asking for training is an error, not a silent no-op."""
-        super().train(
-            mode
-        )  # also where it raises: modules around this one have changed, so calls must fail
+        super().train(mode)  # also where it raises: modules around have changed, calls must fail
         if mode:
             raise PQError(_INFERENCE_ONLY)
         return self

@@ -122,6 +122,19 @@ def test_two_ways_through_a_model_take_the_fold_away() -> None:
             assert relative(both(rows(5), ramp), float_model(rows(5), ramp)) < 0.4
 
 
+def test_a_tensor_shared_with_another_model_is_not_reordered_there() -> None:
+    """A fold writes to a float linear that stays: `up` is left alone by a rule."""
+    model, other = toy.toy(0), toy.toy(1)
+    other.blocks[0].up.weight = model.blocks[0].up.weight
+    other.blocks[0].up.bias = model.blocks[0].up.bias
+    want, before = out(other), out(model)
+    config = dataclasses.replace(CONFIG, rules={"blocks.0.up": None})
+    report = calibrated(model, config).convert()
+    assert next(r.absorb for r in report.layers if r.fqn == "blocks.0.down") == "fold"
+    assert torch.equal(out(other), want)
+    assert relative(out(model), before) < 0.5
+
+
 # Values that change after conversion --------------------------------------------------------------
 
 
