@@ -15,6 +15,7 @@ from pq_fx.dequantize import dequantize
 from pq_fx.inspection import inspect
 from pq_fx.inspection_report import Inspection
 from pq_fx.quantizer import Quantizer, prepare
+from pq_fx.regional import compile_blocks
 from pq_fx.report import Report
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "QuantConfig",
     "Quantizer",
     "Report",
+    "compile_blocks",
     "dequantize",
     "inspect",
     "load",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pq_fx import integrations
+from pq_fx import applied, integrations
 from pq_fx.checkpoint_files import (
     MAX_SHARD_SIZE,
     check_weights,
@@ -82,8 +82,13 @@ def save(
             f"{type(model).__name__} has no quantized linear; convert it first: "
             "quantizer = pq_fx.prepare(model, config); ...; quantizer.convert()"
         )
+    if adapters := [name for name in linears if name.endswith(".base_layer")]:
+        raise CheckpointError(
+            f"{adapters[0].removesuffix('.base_layer')} carries a LoRA adapter, which a checkpoint does "
+            "not hold; take it off first (pipe.unload_lora_weights()) and load it again afterwards"
+        )
     report = Report.of_model(model) if report is None else report
-    tensors = stored_tensors(model)
+    tensors = stored_tensors(model) | applied.to_tensors(applied.of_model(model))
     with atomic_folder(path, _only_a_checkpoint) as folder:
         quantization = {
             "quant_method": QUANT_METHOD,
@@ -142,6 +147,8 @@ def _fill(
 ) -> None:
     plan.check_model(inner)
     tensors = dict(read_tensors(check_weights(folder, config.get("weights"))))
+    record = applied.from_tensors(tensors)
+    tensors = {name: value for name, value in tensors.items() if not applied.is_record(name)}
     aliases = linear_aliases(inner, plan)
     stored = float_names(inner, aliases)
     state = state_of(inner)
@@ -158,6 +165,7 @@ def _fill(
 
     assign(inner, stored, placed)  # from here on nothing computes, so nothing can fail
     put_linears(inner, aliases, linears)
+    applied.note(inner, record)
 
 
 def read_config(folder: PathLike) -> dict[str, Any]:

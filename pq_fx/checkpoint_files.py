@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +118,14 @@ def check_weights(folder: Path, recorded: Any) -> list[Path]:
     return [folder / name for name in recorded]
 
 
-def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of the files; safetensors maps them, so memory is taken when they are read."""
+def read_tensors(
+    files: list[Path], wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, Tensor]]:
+    """Each wanted tensor of the files; safetensors maps them, so memory is taken when they are read."""
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
+                for name in filter(wanted, opened.keys()):
                     yield name, opened.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from pq_fx import applied
 from pq_fx.budget import apply_budget
 from pq_fx.config import QuantConfig
 from pq_fx.edits import Edits
@@ -206,3 +207,4 @@ def _commit(model: nn.Module, edits: Edits, draft: Draft) -> None:
         setattr(model.get_submodule(parent), child, None)
         module.to(device)
         setattr(model.get_submodule(parent), child, module.eval())
+    applied.note(model, applied.from_edits(model, edits))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pq_fx import applied
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.pack import unpack
 from pq_fx.kernels.reference import Quantized, rotate
@@ -33,8 +34,8 @@ def float_weight(linear: QuantLinear, dtype: torch.dtype = torch.float32) -> Ten
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace each quantized linear of `model` by an `nn.Linear`, in place and one at a time.
 
-    The weights keep the error of their quantization; activations are not quantized any more. Folded permutations stay
-    where they are: they do not change what the model computes.
+    The weights keep the error of their quantization; activations are not quantized any more. Permutations and smoothing
+    that were folded are undone, so that every tensor is the float model's but for that error.
 
     Args:
         model: a converted or loaded model.
@@ -55,6 +56,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             made[id(linear)] = _float_linear(linear, dtype, default)
         parent, _, child = name.rpartition(".")
         setattr(inner.get_submodule(parent), child, made[id(linear)])
+    applied.undo(inner)
     restore(inner)
     return model
 

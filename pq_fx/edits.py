@@ -33,6 +33,11 @@ class Edits:
         known = self._orders.get((name, axis))
         self._orders[name, axis] = order if known is None else known[order]
 
+    def axes(self) -> Iterator[tuple[Axis, Tensor | None, Tensor | None]]:
+        """Each axis that changes, with its factor and its order."""
+        for axis in dict.fromkeys((*self._factors, *self._orders)):
+            yield axis, self._factors.get(axis), self._orders.get(axis)
+
     def names(self) -> Iterator[str]:
         """Tensors that change."""
         yield from dict.fromkeys(name for name, _ in (*self._factors, *self._orders))

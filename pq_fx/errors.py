@@ -29,3 +29,7 @@ class CalibrationError(PQError, RuntimeError):
 
 class CheckpointError(PQError, RuntimeError):
     """A saved model is damaged, of another version, or of another architecture."""
+
+
+class LoraError(PQError, RuntimeError):
+    """An adapter cannot be used with a quantized model; the message names the way that works."""

@@ -117,7 +117,12 @@ class ActivationQuantizer(PackedModule):
         data, scale = torch.ops.pq.quantize(
             x, self.perm, self.global_scale, self.clip, self.format, self.rotation, carrier
         )
-        return data, scale, self.global_scale
+        whole = self.global_scale
+        if whole is not None and not torch.compiler.is_compiling():
+            whole = (
+                whole.detach()
+            )  # diffusers' hooks change the parameter in place, but not an alias of it
+        return data, scale, whole
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""

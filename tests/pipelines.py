@@ -16,9 +16,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+import pq_fx
+
 PROMPTS = ("a red cat", "two blue houses by the sea")
 SIDE = 32
 STEPS = 2
+CONFIG = pq_fx.QuantConfig(
+    "int4", group_size=16, weight_only_format="int4:16:bf16", calibration_rows=64
+)
 _WORDS = [
     "a",
     "red",
@@ -263,6 +268,31 @@ def call(pipe: Any, prompt: str = PROMPTS[0], seed: int = 0, **changes: Any) -> 
 def draw(pipe: Any, **changes: Any) -> Any:
     """The first prompt's picture on fixed noise, [SIDE, SIDE, 3]."""
     return call(pipe, **changes)[0]
+
+
+def quantized(family: str, config: pq_fx.QuantConfig = CONFIG) -> Any:
+    """A tiny pipeline whose transformer was calibrated by one picture and converted."""
+    pipe = make(family)
+    quantizer = pq_fx.prepare(pipe.transformer, config)
+    with quantizer.calibrate():
+        call(pipe)
+    quantizer.convert()
+    return pipe
+
+
+def flux_inputs(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Arguments of one call of the FLUX transformer: 4 x 4 latent tokens, 7 text tokens."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.arange(16)
+    made = {
+        "hidden_states": torch.randn(1, 16, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 7, 32, generator=generator),
+        "pooled_projections": torch.randn(1, 32, generator=generator),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.stack([0 * tokens, tokens // 4, tokens % 4], 1).float(),
+        "txt_ids": torch.zeros(7, 3),
+    }
+    return {name: value.to(dtype) for name, value in made.items()}
 
 
 def aligned(pipe: Any) -> Any:

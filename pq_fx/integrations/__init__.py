@@ -16,6 +16,7 @@ from pq_fx.integrations.imports import when_imported
 def install() -> None:
     """Register with each library, now or as soon as somebody imports it."""
     when_imported("diffusers.quantizers.auto", _register_with_diffusers)
+    when_imported("diffusers.loaders.lora_pipeline", _tell_flux_of_shapes)
 
 
 def adopt(model: nn.Module) -> None:
@@ -30,3 +31,9 @@ def _register_with_diffusers() -> None:
     from pq_fx.integrations import diffusers
 
     diffusers.register()
+
+
+def _tell_flux_of_shapes() -> None:
+    from pq_fx.integrations import lora
+
+    lora.tell_flux_of_shapes()

@@ -6,10 +6,8 @@ so the 16-bit model never exists. Saving goes through `pq_fx.save`, whichever wa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -18,12 +16,13 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from pq_fx import checkpoint, checkpoint_model
-from pq_fx.checkpoint_files import check_weights
+from pq_fx import applied, checkpoint, checkpoint_model
+from pq_fx.checkpoint_files import check_weights, read_tensors
 from pq_fx.checkpoint_plan import Plan, check_kind
 from pq_fx.config import QuantConfig
 from pq_fx.dequantize import dequantize
 from pq_fx.errors import CalibrationError, CheckpointError
+from pq_fx.integrations import methods
 from pq_fx.pointwise import linearize
 from pq_fx.report import Report
 
@@ -118,6 +117,7 @@ class PermuQuantizer(DiffusersQuantizer):
         self._checks: dict[str, Callable[[str, Tensor], None]] = {}
         self._dtype_given = False
         self._report: Report | None = None
+        self._record: applied.Applied = {}
         self._ties: dict[str, str] = {}  # name of a tensor that is not stored -> the one that is
 
     # Before the weights are read ----------------------------------------------------------------
@@ -146,9 +146,10 @@ class PermuQuantizer(DiffusersQuantizer):
     ) -> list[str]:
         """Check sizes and checksums of the files before anything is made of them."""
         folder = Path(checkpoint_files[0]).parent
-        check_weights(folder, self.quantization_config.stored.get("weights"))
+        files = check_weights(folder, self.quantization_config.stored.get("weights"))
+        self._record = applied.from_tensors(dict(read_tensors(files, applied.is_record)))
         self._report = checkpoint.read_report(folder)
-        return loaded_keys
+        return [key for key in loaded_keys if not applied.is_record(key)]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         plan = Plan.from_dict(self.quantization_config.stored)
@@ -251,12 +252,18 @@ class PermuQuantizer(DiffusersQuantizer):
             raise CheckpointError(f"the checkpoint did not fill {', '.join(empty[:5])}")
         if self._report is not None:
             self._report.attach(model)
-        model.save_pretrained = MethodType(save_pretrained, model)
+        applied.note(model, self._record)
+        methods.take_over(model)
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
+        methods.give_back(model)
         dequantize(model)
-        _forget(model)
+        Report.detach(model)
+        del model.quantization_method
+        model._internal_dict = type(model._internal_dict)(
+            {k: v for k, v in model.config.items() if k != "quantization_config"}
+        )
         return model
 
     def get_state_dict_and_metadata(
@@ -301,43 +308,4 @@ def adopt(model: nn.Module) -> None:
     model.is_quantized = True
     model.quantization_method = METHOD
     model.register_to_config(quantization_config=config)
-    model.save_pretrained = MethodType(save_pretrained, model)
-
-
-def _forget(model: nn.Module) -> None:
-    """Undo `adopt`, but for `hf_quantizer` and `is_quantized`, which diffusers deletes itself."""
-    del model.save_pretrained, model.quantization_method
-    Report.detach(model)
-    model._internal_dict = type(model._internal_dict)(
-        {k: v for k, v in model.config.items() if k != "quantization_config"}
-    )
-
-
-def save_pretrained(
-    model: nn.Module,
-    save_directory: str | os.PathLike[str],
-    is_main_process: bool = True,
-    safe_serialization: bool = True,
-    variant: str | None = None,
-    max_shard_size: int | str = "10GB",
-    push_to_hub: bool = False,
-    **kwargs: Any,
-) -> None:
-    """`ModelMixin.save_pretrained` of a quantized model: `pq_fx.save` with diffusers' arguments.
-
-    Raises:
-        CheckpointError: an argument asks for what the checkpoint is not: pickle, a variant, an upload.
-    """
-    refused = [
-        ("safe_serialization=False", not safe_serialization),
-        (f"variant={variant!r}", variant is not None),
-        ("push_to_hub=True", push_to_hub),
-        *((f"{name}={value!r}", bool(value)) for name, value in kwargs.items()),
-    ]
-    if wrong := [text for text, asked in refused if asked]:
-        raise CheckpointError(
-            f"save_pretrained of a quantized model takes no {', '.join(wrong)}: it writes safetensors "
-            "into a folder. To publish it: huggingface_hub.upload_folder(repo_id=..., folder_path=...)"
-        )
-    if is_main_process:
-        checkpoint.save(model, save_directory, max_shard_size=max_shard_size)
+    methods.take_over(model)

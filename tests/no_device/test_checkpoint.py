@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from pq_fx import checkpoint, checkpoint_model, storage
+from pq_fx import applied, checkpoint, checkpoint_model, storage
 from pq_fx.checkpoint import load, save
 from pq_fx.config import QuantConfig
 from pq_fx.errors import CheckpointError
@@ -279,6 +279,43 @@ def test_a_diffusers_model_keeps_its_own_config(tmp_path):
     load(tmp_path / "m", empty)
     for name, value in model.state_dict().items():
         assert torch.equal(empty.state_dict()[name], value), name
+
+
+def test_the_record_of_folds_comes_back(tmp_path):
+    model = quantized_toy()
+    order, factor = torch.randperm(WIDTH).int(), torch.rand(INNER) + 0.5
+    record = {
+        ("first.weight", 0): applied.AxisEdit(None, order),
+        ("down.weight", 1): applied.AxisEdit(factor, None),
+    }
+    applied.note(model, record)
+    save(model, tmp_path / "m")
+    loaded = applied.of_model(load(tmp_path / "m", Toy()))
+    assert loaded.keys() == record.keys()
+    assert torch.equal(loaded["first.weight", 0].order, order)
+    assert torch.equal(loaded["down.weight", 1].factor, factor)
+    value = torch.randn(WIDTH, 3)
+    edit = applied.AxisEdit(torch.rand(WIDTH) + 0.5, order)
+    assert torch.allclose(edit.undo(edit.apply(value, 0), 0), value)
+    assert torch.equal(applied.AxisEdit(None, order).apply(value, 0), value[order.long()])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("order.0.first.weight", torch.zeros(WIDTH, dtype=torch.int32)),
+        ("order.0.first.weight", torch.arange(WIDTH)),
+        ("factor.0.first.weight", torch.full((WIDTH,), float("nan"))),
+        ("factor.0.first.weight", torch.zeros(WIDTH)),
+        ("factor.x.first.weight", torch.ones(WIDTH)),
+        ("rotation.0.first.weight", torch.ones(WIDTH)),
+        ("factor.0", torch.ones(WIDTH)),
+    ],
+)
+def test_a_damaged_record(saved, name, value):
+    _, folder = saved
+    edit_tensors(folder, lambda tensors: tensors.update({applied.PREFIX + name: value}))
+    refused(folder, "no order or factor of an axis")
 
 
 # What must be refused, with the model untouched ---------------------------------------------------

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from diffusers import (
     PipelineQuantizationConfig,
 )
 from diffusers.configuration_utils import register_to_config
+from pipelines import CONFIG, quantized
+from pipelines import flux_inputs as inputs
 from safetensors.torch import load_file, save_file
 
 import pq_fx
@@ -30,18 +33,6 @@ from pq_fx.kernels.formats import Format
 from pq_fx.kernels.pack import pack
 from pq_fx.kernels.reference import quantize
 from pq_fx.modules import QuantLinear, quantized_linears
-
-SETTINGS = {"group_size": 16, "weight_only_format": "int4:16:bf16", "calibration_rows": 64}
-CONFIG = pq_fx.QuantConfig("int4", **SETTINGS)
-
-
-def quantized(family: str, config: pq_fx.QuantConfig = CONFIG) -> Any:
-    pipe = pipelines.make(family)
-    quantizer = pq_fx.prepare(pipe.transformer, config)
-    with quantizer.calibrate():
-        pipelines.call(pipe)
-    quantizer.convert()
-    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +94,15 @@ ORDERS = """
 import sys
 import pq_fx
 assert not [m for m in ("diffusers", "transformers", "peft", "accelerate") if m in sys.modules]
-assert any(type(finder).__name__ == "_Finder" for finder in sys.meta_path)
+waiting = [f.name for f in sys.meta_path if type(f).__name__ == "_Finder"]
+assert "diffusers.quantizers.auto" in waiting
 from diffusers.quantizers import auto  # what every model's module imports
 from pq_fx import PermuQuantConfig
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["permuquant"] is PermuQuantConfig
 assert "permuquant" in auto.AUTO_QUANTIZER_MAPPING
 assert type(auto.__spec__.loader).__name__ == type(auto.__loader__).__name__ == "SourceFileLoader"
-assert not any(type(finder).__name__ == "_Finder" for finder in sys.meta_path)
+waiting = [f.name for f in sys.meta_path if type(f).__name__ == "_Finder"]
+assert "diffusers.quantizers.auto" not in waiting
 """
 
 
@@ -163,7 +156,7 @@ def test_a_pipeline_config_for_a_quantized_folder(flux: Any, folder: Path) -> No
 
 def test_modules_to_not_convert_by_diffusers_substring_rule(tmp_path: Path) -> None:
     names = ["transformer_blocks.0.attn", "norm1_context"]
-    pipe = quantized("flux", pq_fx.QuantConfig("int4", **SETTINGS, modules_to_not_convert=names))
+    pipe = quantized("flux", replace(CONFIG, modules_to_not_convert=names))
     left = [n for n, m in pipe.transformer.named_modules() if type(m) is torch.nn.Linear]
     wanted = [n for n in left if any(key + "." in n + "." for key in names)]
     assert len([n for n in wanted if ".attn." in n]) >= 8 and len(wanted) > 8
@@ -209,19 +202,6 @@ def test_the_dtype_that_was_saved_is_the_default(tmp_path: Path, flux: Any) -> N
     torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(tmp_path)
     assert same_state(FluxTransformer2DModel.from_pretrained(tmp_path), model)
-
-
-def inputs(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    made = {
-        "hidden_states": torch.randn(1, 16, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 7, 32, generator=generator),
-        "pooled_projections": torch.randn(1, 32, generator=generator),
-        "timestep": torch.tensor([0.5]),
-        "img_ids": torch.zeros(16, 3),
-        "txt_ids": torch.zeros(7, 3),
-    }
-    return {name: value.to(dtype) for name, value in made.items()}
 
 
 def test_shards_load_like_one_file(flux: Any, tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""What a conversion did to a model's axes, kept beside the model so that it can be told to others and undone.
+
+Folding reorders channels and smoothing scales them, inside the weights; computing needs no record of it. What was made
+for the float model does: a LoRA has to be put into the same order, and `dequantize` gives back the order of the float
+model. The record is a table of small CPU tensors on the model; a checkpoint stores it under names of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pq_fx.edits import Axis, Edits
+from pq_fx.errors import CheckpointError
+from pq_fx.modules import QuantLinear
+
+PREFIX = "permuquant_edits."
+_ATTRIBUTE = "permuquant_edits"
+_KINDS = ("factor", "order")
+
+
+@dataclass(frozen=True)
+class AxisEdit:
+    """One axis: multiplied by `factor` (fp32 [n]), then read in `order` (int32 [n]); None: not."""
+
+    factor: Tensor | None
+    order: Tensor | None
+
+    def apply(self, value: Tensor, axis: int) -> Tensor:
+        """`value` of the float model as the converted one needs it, in its own dtype."""
+        if self.factor is not None:
+            value = (value.float() * _along(self.factor, value, axis)).to(value.dtype)
+        if self.order is not None:
+            value = value.index_select(axis, self.order.to(value.device))
+        return value
+
+    def undo(self, value: Tensor, axis: int) -> Tensor:
+        """The inverse of `apply`."""
+        if self.order is not None:
+            value = torch.empty_like(value).index_copy_(
+                axis, self.order.to(value.device).long(), value
+            )
+        if self.factor is not None:
+            value = (value.float() / _along(self.factor, value, axis)).to(value.dtype)
+        return value
+
+
+def _along(factor: Tensor, value: Tensor, axis: int) -> Tensor:
+    shape = [-1 if i == axis else 1 for i in range(value.dim())]
+    return factor.to(value.device).view(shape)
+
+
+Applied = Mapping[Axis, AxisEdit]
+
+
+def note(model: nn.Module, applied: Applied) -> None:
+    """Leave the record on the model."""
+    setattr(model, _ATTRIBUTE, dict(applied))
+
+
+def of_model(model: nn.Module) -> Applied:
+    """The record that was left on a model, by (parameter name, axis); empty if none was."""
+    return getattr(model, _ATTRIBUTE, {})
+
+
+def forget(model: nn.Module) -> None:
+    """Take the record off a model."""
+    model.__dict__.pop(_ATTRIBUTE, None)
+
+
+def from_edits(model: nn.Module, edits: Edits) -> dict[Axis, AxisEdit]:
+    """The record of a conversion that has just been committed.
+
+    Where a linear's input is multiplied at run time by the inverse of what its columns were scaled with, the linear
+    as a whole is not scaled, and no factor is recorded.
+    """
+    result = {}
+    for (name, axis), factor, order in edits.axes():
+        if factor is not None and axis == 1 and _multiplies(model, name):
+            factor = None
+        if factor is not None or order is not None:
+            result[name, axis] = AxisEdit(
+                None if factor is None else factor.detach().float().cpu(),
+                None if order is None else order.to("cpu", torch.int32),
+            )
+    return result
+
+
+def _multiplies(model: nn.Module, name: str) -> bool:
+    module = model.get_submodule(name.rpartition(".")[0])
+    quantizer = module.input_quantizer if isinstance(module, QuantLinear) else None
+    return quantizer is not None and quantizer.smooth is not None
+
+
+@torch.no_grad()
+def undo(model: nn.Module) -> None:
+    """Give a dequantized model the axes of the float model back, in place."""
+    for (name, axis), edit in of_model(model).items():
+        tensor = _find(model, name)
+        tensor.data = edit.undo(tensor.data, axis)
+    forget(model)
+
+
+def _find(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its name at conversion, when pointwise convolutions were linears."""
+    parent, _, leaf = name.rpartition(".")
+    try:
+        return getattr(model.get_submodule(parent), leaf)
+    except AttributeError:
+        return getattr(model.get_submodule(parent.removesuffix(".linear")), leaf)
+
+
+# In a checkpoint ---------------------------------------------------------------------------------
+
+
+def is_record(name: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to the record and not to the model."""
+    return name.startswith(PREFIX)
+
+
+def to_tensors(applied: Applied) -> dict[str, Tensor]:
+    """The record as tensors: ``permuquant_edits.order.1.blocks.0.to_q.weight``."""
+    return {
+        f"{PREFIX}{kind}.{axis}.{name}": value
+        for (name, axis), edit in applied.items()
+        for kind, value in (("factor", edit.factor), ("order", edit.order))
+        if value is not None
+    }
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[Axis, AxisEdit]:
+    """The inverse of `to_tensors`; other names are passed over.
+
+    Raises:
+        CheckpointError: a name or a value is none that `to_tensors` makes.
+    """
+    found: dict[Axis, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if not is_record(key):
+            continue
+        kind, axis, name = [*key.removeprefix(PREFIX).split(".", 2), "", ""][:3]
+        if kind not in _KINDS or not axis.isdigit() or not name or not _good(kind, value):
+            raise CheckpointError(f"{key} is no order or factor of an axis: the file is damaged")
+        found.setdefault((name, int(axis)), {})[kind] = value
+    return {axis: AxisEdit(v.get("factor"), v.get("order")) for axis, v in found.items()}
+
+
+def _good(kind: str, value: Tensor) -> bool:
+    if value.dim() != 1:
+        return False
+    if kind == "order":
+        counted = torch.arange(len(value), dtype=torch.int32)
+        return value.dtype == torch.int32 and torch.equal(value.sort().values, counted)
+    return value.dtype == torch.float32 and bool((value.isfinite() & (value != 0)).all())
