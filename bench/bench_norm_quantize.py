@@ -32,20 +32,17 @@ def variants(key: str, rows: int, channels: int) -> dict[str, float]:
     perm = torch.randperm(channels, device="cuda").int()
     glob = torch.tensor(0.01, device="cuda") if key.startswith("nvfp4") else None
     times = {"copy bf16": device_microseconds([partial(torch.clone, x) for x in xs])}
-    for label, p, rotation, chip in (
-        ("plain", None, 0, True),
-        ("reorder on chip", perm, 0, True),
-        ("reorder by loads", perm, 0, False),
-        ("rotate", None, group, True),
-        ("reorder on chip + rotate", perm, group, True),
-        ("reorder by loads + rotate", perm, group, False),
+    for label, p, rotation in (
+        ("plain", None, 0),
+        ("reorder", perm, 0),
+        ("rotate", None, group),
+        ("reorder + rotate", perm, group),
     ):
         tail = (p, glob, None, key, rotation, "e4m3")
         norms = [
-            partial(norm_quantize, x, "layer", None, None, 1e-6, scale, shift, *tail, on_chip=chip)
-            for x in xs
+            partial(norm_quantize, x, "layer", None, None, 1e-6, scale, shift, *tail) for x in xs
         ]
-        acts = [partial(act_quantize, x, None, "gelu_tanh", None, *tail, on_chip=chip) for x in xs]
+        acts = [partial(act_quantize, x, None, "gelu_tanh", None, *tail) for x in xs]
         times[f"norm {label}"] = device_microseconds(norms)
         times[f"gelu {label}"] = device_microseconds(acts)
         if label == "plain":

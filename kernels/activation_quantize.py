@@ -1,13 +1,14 @@
 """Triton: activation function, gate, channel gather, rotation and group quantize in one kernel.
 
-One program a row [K]: the row is read once, everything else happens on chip. The permutation is a
-gather of the input (global memory, served by L1, or on chip with `tl.gather`); K is padded to the
-next power of two by masks. Defined by `pq_fx.kernels.reference_ops.act_quantize`: given equal fp32
+A program holds a few rows [K]: they are read once, everything else happens on chip. The permutation
+is a gather of the input (served by L1). Defined by `pq_fx.kernels.reference_ops.act_quantize`: given equal fp32
 values the codes and scales are equal byte for byte; transcendental functions may differ by an ulp
 and then move a code by one step.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -16,21 +17,26 @@ from torch import Tensor
 
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
+from pq_fx.kernels.quantize_row import quantize_rows_store
 from pq_fx.kernels.reference_ops import ACTIVATIONS, CARRIERS, check_choice
-from pq_fx.kernels.triton_common import (
-    as_bytes,
+from pq_fx.kernels.rounding import as_bytes, inverse_one_plus_exp2, round_row
+from pq_fx.kernels.rows import (
+    Tile,
     as_rows,
     check_perm,
     check_rotation,
     native_fp8,
     on_device_of,
-    padded_length,
-    quantize_row_store,
     require,
-    row_warps,
     scale_dtype,
     storage_bytes,
+    tile_of,
 )
+
+# exp(-2u) = exp2(x * (LINE + CUBE * x^2)) of gelu's u = sqrt(2 / pi) * (x + 0.044715 * x^3).
+_GELU_LINE = tl.constexpr(-2.0 * math.sqrt(2.0 / math.pi) / math.log(2.0))
+_GELU_CUBE = tl.constexpr(-2.0 * math.sqrt(2.0 / math.pi) * 0.044715 / math.log(2.0))
+_SILU = tl.constexpr(-1.0 / math.log(2.0))
 
 
 @triton.jit
@@ -39,16 +45,53 @@ def activation(x, ACT: tl.constexpr):
     if ACT == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACT == "gelu_tanh":
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        # tanh(u) = 1 - 2 / (exp(2u) + 1): right at both ends, where exp is 0 or inf.
-        return 0.5 * x * (2.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0))
+        # 0.5 * (1 + tanh(u)) = 1 / (1 + exp(-2u)): right at both ends, where exp is 0 or inf.
+        return x * inverse_one_plus_exp2(x * (x * x * _GELU_CUBE + _GELU_LINE))
     elif ACT == "silu":
-        return x / (1.0 + tl.exp(-x))
+        return x * inverse_one_plus_exp2(x * _SILU)
     elif ACT == "relu":
         return tl.where(x > 0, x, tl.where(x == x, 0.0, x))
     else:
         tl.static_assert(ACT == "none")
         return x
+
+
+@triton.jit
+def _activated_piece(
+    x_ptrs,
+    gate_ptrs,
+    before_ptrs,
+    perm_ptr,
+    FIRST: tl.constexpr,
+    LENGTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    ACT: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_PERM: tl.constexpr,
+):
+    """Channels FIRST to FIRST + LENGTH of ``cat([before, act(x) * gate])`` of rows; [R, LENGTH]."""
+    at = FIRST + tl.arange(0, LENGTH)[None, :]
+    inside = at < CHANNELS
+    if HAS_PERM:
+        at = tl.load(perm_ptr + at, mask=inside, other=0)
+    kind: tl.constexpr = x_ptrs.dtype.element_ty
+    if BEFORE > 0 and not HAS_PERM and FIRST + LENGTH <= BEFORE:
+        return tl.load(before_ptrs[:, None] + at)
+    else:
+        # The channels that `x` holds; the others come first, and are not activated.
+        own = inside & (at >= BEFORE)
+        x = tl.load(x_ptrs[:, None] + (at - BEFORE), mask=own, other=0.0)
+        y = activation(x.to(tl.float32), ACT)
+        if HAS_GATE:
+            gate = tl.load(gate_ptrs[:, None] + (at - BEFORE), mask=own, other=0.0)
+            y = y * gate.to(tl.float32)
+        y = round_row(y, kind)
+        if BEFORE > 0:
+            first = inside & (at < BEFORE)
+            before = tl.load(before_ptrs[:, None] + at, mask=first, other=0.0)
+            y = tl.where(first, before, y)
+        return y
 
 
 @triton.jit
@@ -61,29 +104,26 @@ def _act_quantize_kernel(
     clip_ptr,
     data_ptr,
     scale_ptr,
-    CHANNELS,
-    x_inner,
+    TOKENS,
     x_outer_stride,
     x_stride,
-    gate_inner,
     gate_outer_stride,
     gate_stride,
-    before_inner,
     before_outer_stride,
     before_stride,
-    BEFORE,
-    scale_stride,
+    CHANNELS: tl.constexpr,
+    BEFORE: tl.constexpr,
     ACT: tl.constexpr,
     HAS_GATE: tl.constexpr,
-    HAS_BEFORE: tl.constexpr,
     HAS_PERM: tl.constexpr,
     HAS_GLOBAL: tl.constexpr,
     HAS_CLIP: tl.constexpr,
-    ON_CHIP: tl.constexpr,
-    LENGTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
     GROUP: tl.constexpr,
     ROTATION: tl.constexpr,
-    LOG_ROTATION: tl.constexpr,
+    BY_DOT: tl.constexpr,
     ELEMENT: tl.constexpr,
     SCALE: tl.constexpr,
     TOP: tl.constexpr,
@@ -91,53 +131,68 @@ def _act_quantize_kernel(
     CARRIER: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
-    """x, gate [M, K - BEFORE], before [M, BEFORE], strided rows, K = CHANNELS.
+    """x, gate [B, TOKENS, K - BEFORE], before [B, TOKENS, BEFORE], strided rows, K = CHANNELS.
 
-    data uint8 [M, K]; scale [M, K / GROUP] or fp32 [M, 1].
+    data uint8 [M, K]; scale [M, K / GROUP] or fp32 [M, 1]; M = B * TOKENS.
     """
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += (row // x_inner) * x_outer_stride + (row % x_inner) * x_stride
+    batch = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = token < TOKENS
+    # Rows that do not exist read the last one and are not stored: no mask on the wide loads.
+    token = tl.minimum(token, TOKENS - 1).to(tl.int64)
+    x_ptrs = x_ptr + batch * x_outer_stride + token * x_stride
+    gate_ptrs = x_ptrs
     if HAS_GATE:
-        gate_ptr += (row // gate_inner) * gate_outer_stride + (row % gate_inner) * gate_stride
-    offsets = tl.arange(0, LENGTH)
-    mask = offsets < CHANNELS
-    source = offsets
-    if HAS_PERM:
-        source = tl.load(perm_ptr + offsets, mask=mask, other=0)
-        source = tl.where(mask, source, offsets)
-    read = offsets if ON_CHIP else source
-    own = mask
-    if HAS_BEFORE:
-        own = mask & (read >= BEFORE)
-        before_ptr += (row // before_inner) * before_outer_stride
-        before_ptr += (row % before_inner) * before_stride
-        first = tl.load(before_ptr + read, mask=read < BEFORE, other=0.0).to(tl.float32)
-        x_ptr -= BEFORE
-        if HAS_GATE:
-            gate_ptr -= BEFORE
-    x = tl.load(x_ptr + read, mask=own, other=0.0).to(tl.float32)
-    y = activation(x, ACT)
-    if HAS_GATE:
-        y = y * tl.load(gate_ptr + read, mask=own, other=0.0).to(tl.float32)
-    if HAS_BEFORE:
-        y = tl.where(read < BEFORE, first, y)
-    if HAS_PERM and ON_CHIP:
-        y = tl.gather(y, source, 0)
-    global_scale = 1.0
-    if HAS_GLOBAL:
-        global_scale = tl.load(global_ptr).to(tl.float32)
-    quantize_row_store(
-        y,
-        as_bytes(data_ptr) + row * CHANNELS,
-        scale_ptr + row * scale_stride,
-        global_scale,
-        clip_ptr,
+        gate_ptrs = gate_ptr + batch * gate_outer_stride + token * gate_stride
+    before_ptrs = x_ptrs
+    if BEFORE > 0:
+        before_ptrs = before_ptr + batch * before_outer_stride + token * before_stride
+    head = _activated_piece(
+        x_ptrs,
+        gate_ptrs,
+        before_ptrs,
+        perm_ptr,
+        0,
+        HEAD,
         CHANNELS,
+        BEFORE,
+        ACT,
+        HAS_GATE,
+        HAS_PERM,
+    )
+    tail = head
+    if TAIL > 0:
+        tail = _activated_piece(
+            x_ptrs,
+            gate_ptrs,
+            before_ptrs,
+            perm_ptr,
+            HEAD,
+            TAIL,
+            CHANNELS,
+            BEFORE,
+            ACT,
+            HAS_GATE,
+            HAS_PERM,
+        )
+    quantize_rows_store(
+        head,
+        tail,
+        as_bytes(data_ptr),
+        scale_ptr,
+        global_ptr,
+        clip_ptr,
+        batch * TOKENS + token,
+        live,
+        HAS_GLOBAL,
         HAS_CLIP,
-        LENGTH,
+        CHANNELS,
+        ROWS,
+        HEAD,
+        TAIL,
         GROUP,
         ROTATION,
-        LOG_ROTATION,
+        BY_DOT,
         ELEMENT,
         SCALE,
         TOP,
@@ -161,13 +216,28 @@ def quantized_outputs(x: Tensor, channels: int, fmt: Format, carrier: str) -> tu
     )
 
 
-def format_constants(fmt: Format, length: int, rotation: int, carrier: str) -> dict[str, object]:
-    """The constexpr arguments of `quantize_row_store` that a format and a row length determine."""
+def rotates_by_dot(rotation: int, dtype: torch.dtype) -> bool:
+    """Whether tensor cores rotate: rows of 16 bits, blocks that `tl.dot` takes."""
+    return dtype != torch.float32 and 16 <= rotation <= 128
+
+
+def row_tile(channels: int, fmt: Format, rotation: int, dtype: torch.dtype) -> Tile:
+    """How programs hold rows of `channels` (`rows.tile_of`) for a format and a rotation."""
+    by_dot = rotates_by_dot(rotation, dtype)
+    return tile_of(channels, max(fmt.group_size, rotation, 16), by_dot)
+
+
+def row_constants(
+    fmt: Format, tile: Tile, rotation: int, carrier: str, dtype: torch.dtype
+) -> dict[str, object]:
+    """The constexpr arguments of `quantize_rows_store` that a format and a tile determine."""
     return {
-        "LENGTH": length,
-        "GROUP": fmt.group_size or length,
+        "ROWS": tile.rows,
+        "HEAD": tile.head,
+        "TAIL": tile.tail,
+        "GROUP": fmt.group_size,
         "ROTATION": rotation,
-        "LOG_ROTATION": max(rotation.bit_length() - 1, 0),
+        "BY_DOT": rotates_by_dot(rotation, dtype),
         "ELEMENT": fmt.element,
         "SCALE": fmt.scale,
         "TOP": fmt.max_value,
@@ -219,11 +289,11 @@ def act_quantize(
     rotation: int,
     carrier: str,
     *,
-    on_chip: bool | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch ``cat([before, act(x) * gate])``, gather, rotate, quantize (see `reference_ops.act_quantize`).
+    """Launch ``cat([before, act(x) * gate])``, gather, rotate, quantize; rows may be strided.
 
-    on_chip: gather with `tl.gather` instead of gathered loads (None: loads). Rows may be strided.
+    Defined by `reference_ops.act_quantize`. tile: how programs hold rows, for measurements.
 
     Raises:
         KernelError: shapes, dtypes or devices do not fit.
@@ -232,13 +302,14 @@ def act_quantize(
     check_choice("act", act, ACTIVATIONS)
     check_choice("carrier", carrier, CARRIERS)
     fmt = Format.parse(format)
-    channels = x.shape[-1] + (0 if before is None else before.shape[-1])
+    first = 0 if before is None else before.shape[-1]
+    channels = first + x.shape[-1]
     check_quantize(x, channels, perm, global_scale, clip, fmt, rotation)
     if before is not None:
         require(
-            before.shape[:-1] == x.shape[:-1] and before.device == x.device,
-            f"before {tuple(before.shape)} on {before.device} must match x {tuple(x.shape)} on "
-            f"{x.device} but for its last axis",
+            (before.shape[:-1], before.device, before.dtype) == (x.shape[:-1], x.device, x.dtype),
+            f"before {before.dtype} {tuple(before.shape)} on {before.device} must match x "
+            f"{x.dtype} {tuple(x.shape)} on {x.device} but for its last axis",
         )
     if gate is not None:
         require(
@@ -252,9 +323,9 @@ def act_quantize(
     rows = as_rows(x, "x")
     gates = rows if gate is None else as_rows(gate, "gate")
     firsts = rows if before is None else as_rows(before, "before")
-    length = padded_length(channels)
+    tile = tile or row_tile(channels, fmt, rotation, x.dtype)
     with on_device_of(x):
-        launch(_act_quantize_kernel)[(rows.count,)](
+        launch(_act_quantize_kernel)[(triton.cdiv(rows.tokens, tile.rows), rows.batch)](
             rows.tensor,
             None if gate is None else gates.tensor,
             None if before is None else firsts.tensor,
@@ -263,29 +334,24 @@ def act_quantize(
             clip,
             storage_bytes(data),
             storage_bytes(scale),
-            channels,
-            rows.inner,
+            rows.tokens,
             rows.outer_stride,
             rows.stride,
-            gates.inner,
             gates.outer_stride,
             gates.stride,
-            firsts.inner,
             firsts.outer_stride,
             firsts.stride,
-            0 if before is None else before.shape[-1],
-            scale.shape[-1],
+            CHANNELS=channels,
+            BEFORE=first,
             ACT=act,
             HAS_GATE=gate is not None,
-            HAS_BEFORE=before is not None,
             HAS_PERM=perm is not None,
             HAS_GLOBAL=global_scale is not None,
             HAS_CLIP=clip is not None,
-            ON_CHIP=bool(on_chip),
             NATIVE_FP8=native_fp8(x.device),
-            num_warps=row_warps(length),
+            num_warps=tile.warps,
             enable_fp_fusion=False,
-            **format_constants(fmt, length, rotation, carrier),
+            **row_constants(fmt, tile, rotation, carrier, x.dtype),
         )
     return data, scale
 
@@ -298,10 +364,6 @@ def quantize(
     format: str,
     rotation: int,
     carrier: str,
-    *,
-    on_chip: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch gather, rotate, quantize; arguments and errors as `reference_ops.quantize`."""
-    return act_quantize(
-        x, None, "none", None, perm, global_scale, clip, format, rotation, carrier, on_chip=on_chip
-    )
+    return act_quantize(x, None, "none", None, perm, global_scale, clip, format, rotation, carrier)

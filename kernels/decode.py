@@ -16,25 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pq_fx.kernels.codes import code_value, load_code, scale_value
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
+from pq_fx.kernels.reference import ROW_SCALE_FLOOR
 from pq_fx.kernels.reference_ops import check_weight
-from pq_fx.kernels.triton_common import (
-    _ROW_SCALE_FLOOR,
-    as_bytes,
-    bits_of,
-    code_value,
-    e4m3_byte,
-    float_of,
-    load_code,
+from pq_fx.kernels.rounding import as_bytes, bits_of, e4m3_byte, float_of
+from pq_fx.kernels.rows import (
     native_fp8,
     on_device_of,
     padded_length,
     require,
     scale_dtype,
-    scale_value,
     storage_bytes,
 )
+
+_ROW_SCALE_FLOOR = tl.constexpr(ROW_SCALE_FLOOR)
 
 
 @triton.jit

@@ -13,20 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pq_fx.kernels.codes import code_value, load_code, scale_value
 from pq_fx.kernels.decode import check_packed
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
-from pq_fx.kernels.triton_common import (
-    INTERPRETED,
-    as_bytes,
-    code_value,
-    load_code,
-    on_device_of,
-    require,
-    scale_dtype,
-    scale_value,
-    storage_bytes,
-)
+from pq_fx.kernels.rounding import as_bytes
+from pq_fx.kernels.rows import INTERPRETED, on_device_of, require, scale_dtype, storage_bytes
 
 
 @triton.jit

@@ -20,10 +20,10 @@ from pq_fx.kernels.decode import decode_e4m3
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.gemm_codes import dequantizing_gemm
 from pq_fx.kernels.launch import launch
-from pq_fx.kernels.triton_common import (
+from pq_fx.kernels.rounding import e4m3_value
+from pq_fx.kernels.rows import (
     INTERPRETED,
     KernelError,
-    e4m3_value,
     native_fp8,
     on_device_of,
     require,

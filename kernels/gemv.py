@@ -15,19 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pq_fx.kernels.codes import code_value, load_code, scale_value
 from pq_fx.kernels.decode import check_packed, decode_float
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.gemm_codes import dequantizing_gemm
 from pq_fx.kernels.launch import launch
-from pq_fx.kernels.triton_common import (
-    as_bytes,
-    code_value,
-    load_code,
-    on_device_of,
-    require,
-    scale_value,
-    storage_bytes,
-)
+from pq_fx.kernels.rounding import as_bytes
+from pq_fx.kernels.rows import on_device_of, require, storage_bytes
 
 MAX_VECTOR_ROWS = 4
 MAX_SKINNY_ROWS = 64

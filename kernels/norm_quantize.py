@@ -1,10 +1,10 @@
 """Triton: layer or RMS norm, affine, modulation, channel gather, rotation, quantize in one kernel.
 
-One program a row [K], read once; mean and variance in fp32 over the row on chip. The normalized row
-is gathered on chip (`tl.gather`), or, as the alternative, the row and its factors are read a second
-time in permuted order (both from L1). Defined by `pq_fx.kernels.reference_ops.norm_quantize`; the
-sums of a norm have another order here, so a code may move by one step where a value lies on a
-boundary (tests/thresholds.py states how many); everything after the norm agrees byte for byte.
+A program holds a few rows [K] of one batch entry, so that their modulation is read once; mean and
+variance are fp32 sums on chip. For a permutation the rows and their factors are read a second time
+in the new order, from L1. Defined by `pq_fx.kernels.reference_ops.norm_quantize`; sums have another
+order here, so a code may move by one step where a value lies on a boundary (tests/thresholds.py
+states how many).
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor
 
 from pq_fx.kernels.activation_quantize import (
     check_quantize,
-    format_constants,
     quantized_outputs,
+    row_constants,
+    row_tile,
 )
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
+from pq_fx.kernels.quantize_row import quantize_rows_store
 from pq_fx.kernels.reference_ops import CARRIERS, NORMS, check_choice
-from pq_fx.kernels.triton_common import (
-    as_bytes,
+from pq_fx.kernels.rounding import as_bytes, round_row
+from pq_fx.kernels.rows import (
+    Tile,
     as_rows,
     native_fp8,
     on_device_of,
-    padded_length,
-    quantize_row_store,
     require,
-    row_warps,
     storage_bytes,
 )
 
@@ -50,16 +50,31 @@ def _affine(
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
 ):
-    """``(y * weight + bias) * (1 + scale) + shift``, each [K] and read at `read`."""
+    """``(y * weight + bias) * (1 + scale) + shift`` of y [R, L], each vector read at `read` [L]."""
     if HAS_WEIGHT:
-        y = y * tl.load(weight_ptr + read, mask=mask, other=0.0).to(tl.float32)
+        y = y * tl.load(weight_ptr + read, mask=mask, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
-        y = y + tl.load(bias_ptr + read, mask=mask, other=0.0).to(tl.float32)
+        y = y + tl.load(bias_ptr + read, mask=mask, other=0.0).to(tl.float32)[None, :]
     if HAS_SCALE:
-        y = y * (tl.load(scale_ptr + read, mask=mask, other=0.0).to(tl.float32) + 1.0)
+        scale = tl.load(scale_ptr + read, mask=mask, other=0.0).to(tl.float32)
+        y = y * (scale + 1.0)[None, :]
     if HAS_SHIFT:
-        y = y + tl.load(shift_ptr + read, mask=mask, other=0.0).to(tl.float32)
+        y = y + tl.load(shift_ptr + read, mask=mask, other=0.0).to(tl.float32)[None, :]
     return y
+
+
+@triton.jit
+def _load_piece(row_ptrs, read, mask):
+    return tl.load(row_ptrs[:, None] + read[None, :], mask=mask[None, :], other=0.0)
+
+
+@triton.jit
+def _row_sum(head, tail, TAIL: tl.constexpr):
+    """Sum [ROWS] over both pieces."""
+    total = tl.sum(head, axis=1)
+    if TAIL > 0:
+        total += tl.sum(tail, axis=1)
+    return total
 
 
 @triton.jit
@@ -74,15 +89,13 @@ def _norm_quantize_kernel(
     clip_ptr,
     data_ptr,
     scale_ptr,
-    CHANNELS,
+    TOKENS,
     eps,
-    x_inner,
     x_outer_stride,
     x_stride,
-    mod_rows,
     mod_scale_stride,
     mod_shift_stride,
-    scale_stride,
+    CHANNELS: tl.constexpr,
     RMS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -91,11 +104,12 @@ def _norm_quantize_kernel(
     HAS_PERM: tl.constexpr,
     HAS_GLOBAL: tl.constexpr,
     HAS_CLIP: tl.constexpr,
-    ON_CHIP: tl.constexpr,
-    LENGTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
     GROUP: tl.constexpr,
     ROTATION: tl.constexpr,
-    LOG_ROTATION: tl.constexpr,
+    BY_DOT: tl.constexpr,
     ELEMENT: tl.constexpr,
     SCALE: tl.constexpr,
     TOP: tl.constexpr,
@@ -103,37 +117,52 @@ def _norm_quantize_kernel(
     CARRIER: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
-    """x [M, K]; weight, bias [K]; mod_* rows [K], one for every `mod_rows` rows of x.
+    """x [B, TOKENS, CHANNELS]; weight, bias [CHANNELS]; mod_* one row a batch entry.
 
-    data uint8 [M, K]; scale [M, K / GROUP] in its storage dtype, or fp32 [M, 1] (CARRIER "e4m3").
+    Program (i, b) holds ROWS tokens of batch entry b, and their modulation once. data uint8
+    [B * TOKENS, CHANNELS]; scale [M, CHANNELS / GROUP] in its storage dtype, or fp32 [M].
     """
-    eps = eps.to(tl.float32)  # Inductor passes floats in double
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += (row // x_inner) * x_outer_stride + (row % x_inner) * x_stride
+    eps = tl.cast(eps, tl.float32)  # Inductor passes floats in double
+    batch = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = token < TOKENS
+    # Rows that do not exist read the last one and are not stored: no mask on the wide loads.
+    token = tl.minimum(token, TOKENS - 1).to(tl.int64)
+    rows = x_ptr + batch * x_outer_stride + token * x_stride
     if HAS_SCALE:
-        mod_scale_ptr += (row // mod_rows) * mod_scale_stride
+        mod_scale_ptr += batch * mod_scale_stride
     if HAS_SHIFT:
-        mod_shift_ptr += (row // mod_rows) * mod_shift_stride
-    offsets = tl.arange(0, LENGTH)
-    mask = offsets < CHANNELS
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean = 0.0
+        mod_shift_ptr += batch * mod_shift_stride
+    at = tl.arange(0, HEAD)
+    inside = at < CHANNELS
+    x = _load_piece(rows, at, inside).to(tl.float32)
+    tail = x
+    if TAIL > 0:
+        tail_at = HEAD + tl.arange(0, TAIL)
+        tail_inside = tail_at < CHANNELS
+        tail = _load_piece(rows, tail_at, tail_inside).to(tl.float32)
+    mean = tl.zeros([ROWS], tl.float32)
     if not RMS:
-        mean = tl.sum(x, axis=0) / CHANNELS
-        x = tl.where(mask, x - mean, 0.0)
-    variance = tl.sum(x * x, axis=0) / CHANNELS
-    inverse_deviation = 1.0 / tl.sqrt(variance + eps)
-    source = offsets
+        mean = _row_sum(x, tail, TAIL) / CHANNELS
+        x -= mean[:, None]
+        tail -= mean[:, None]
+        if HEAD > CHANNELS:
+            x = tl.where(inside[None, :], x, 0.0)
+        if TAIL > 0 and HEAD + TAIL > CHANNELS:
+            tail = tl.where(tail_inside[None, :], tail, 0.0)
+    square = _row_sum(x * x, tail * tail, TAIL)
+    inverse_deviation = 1.0 / tl.sqrt(square / CHANNELS + eps)
     if HAS_PERM:
-        source = tl.load(perm_ptr + offsets, mask=mask, other=0)
-        source = tl.where(mask, source, offsets)
-    read = offsets if ON_CHIP else source
-    if HAS_PERM and not ON_CHIP:
-        x = tl.where(mask, tl.load(x_ptr + read, mask=mask, other=0.0).to(tl.float32) - mean, 0.0)
+        # Read again in the new order, from L1.
+        at = tl.load(perm_ptr + at, mask=inside, other=0)
+        x = _load_piece(rows, at, inside).to(tl.float32) - mean[:, None]
+        if TAIL > 0:
+            tail_at = tl.load(perm_ptr + tail_at, mask=tail_inside, other=0)
+            tail = _load_piece(rows, tail_at, tail_inside).to(tl.float32) - mean[:, None]
     y = _affine(
-        x * inverse_deviation,
-        read,
-        mask,
+        x * inverse_deviation[:, None],
+        at,
+        inside,
         weight_ptr,
         bias_ptr,
         mod_scale_ptr,
@@ -143,23 +172,45 @@ def _norm_quantize_kernel(
         HAS_SCALE,
         HAS_SHIFT,
     )
-    if HAS_PERM and ON_CHIP:
-        y = tl.gather(y, source, 0)
-    global_scale = 1.0
-    if HAS_GLOBAL:
-        global_scale = tl.load(global_ptr).to(tl.float32)
-    quantize_row_store(
+    if HEAD > CHANNELS:
+        y = tl.where(inside[None, :], y, 0.0)
+    y = round_row(y, x_ptr.dtype.element_ty)
+    tail_y = y
+    if TAIL > 0:
+        tail_y = _affine(
+            tail * inverse_deviation[:, None],
+            tail_at,
+            tail_inside,
+            weight_ptr,
+            bias_ptr,
+            mod_scale_ptr,
+            mod_shift_ptr,
+            HAS_WEIGHT,
+            HAS_BIAS,
+            HAS_SCALE,
+            HAS_SHIFT,
+        )
+        if HEAD + TAIL > CHANNELS:
+            tail_y = tl.where(tail_inside[None, :], tail_y, 0.0)
+        tail_y = round_row(tail_y, x_ptr.dtype.element_ty)
+    quantize_rows_store(
         y,
-        as_bytes(data_ptr) + row * CHANNELS,
-        scale_ptr + row * scale_stride,
-        global_scale,
+        tail_y,
+        as_bytes(data_ptr),
+        scale_ptr,
+        global_ptr,
         clip_ptr,
-        CHANNELS,
+        batch * TOKENS + token,
+        live,
+        HAS_GLOBAL,
         HAS_CLIP,
-        LENGTH,
+        CHANNELS,
+        ROWS,
+        HEAD,
+        TAIL,
         GROUP,
         ROTATION,
-        LOG_ROTATION,
+        BY_DOT,
         ELEMENT,
         SCALE,
         TOP,
@@ -222,11 +273,11 @@ def norm_quantize(
     rotation: int,
     carrier: str,
     *,
-    on_chip: bool | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch norm, modulation, gather, rotate, quantize (see `reference_ops.norm_quantize`).
 
-    on_chip: gather the normalized row with `tl.gather` (the default) or read it again permuted.
+    tile: how programs hold rows, for measurements.
 
     Raises:
         KernelError: shapes, dtypes or devices do not fit.
@@ -235,16 +286,18 @@ def norm_quantize(
     check_choice("norm", norm, NORMS)
     check_choice("carrier", carrier, CARRIERS)
     fmt = Format.parse(format)
-    check_quantize(x, x.shape[-1], perm, global_scale, clip, fmt, rotation)
-    data, scale = quantized_outputs(x, x.shape[-1], fmt, carrier)
+    channels = x.shape[-1]
+    check_quantize(x, channels, perm, global_scale, clip, fmt, rotation)
+    data, scale = quantized_outputs(x, channels, fmt, carrier)
     if x.numel() == 0:
         return data, scale
-    rows = as_rows(x, "x")
     scales = _modulation(mod_scale, x, "mod_scale")
     shifts = _modulation(mod_shift, x, "mod_shift")
-    length = padded_length(x.shape[-1])
+    # A row of modulation serves all tokens of a batch entry; rows [B, K] are entries of one token.
+    rows = as_rows(x.unsqueeze(1) if x.dim() == 2 and scales.stride + shifts.stride else x, "x")
+    tile = tile or row_tile(channels, fmt, rotation, x.dtype)
     with on_device_of(x):
-        launch(_norm_quantize_kernel)[(rows.count,)](
+        launch(_norm_quantize_kernel)[(triton.cdiv(rows.tokens, tile.rows), rows.batch)](
             rows.tensor,
             _vector(weight, x, "weight"),
             _vector(bias, x, "bias"),
@@ -255,15 +308,13 @@ def norm_quantize(
             clip,
             storage_bytes(data),
             storage_bytes(scale),
-            x.shape[-1],
+            rows.tokens,
             eps,
-            rows.inner,
             rows.outer_stride,
             rows.stride,
-            rows.count // x.shape[0] if x.dim() > 1 else 1,
             scales.stride,
             shifts.stride,
-            scale.shape[-1],
+            CHANNELS=channels,
             RMS=norm == "rms",
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
@@ -272,10 +323,9 @@ def norm_quantize(
             HAS_PERM=perm is not None,
             HAS_GLOBAL=global_scale is not None,
             HAS_CLIP=clip is not None,
-            ON_CHIP=on_chip is None or on_chip,
             NATIVE_FP8=native_fp8(x.device),
-            num_warps=row_warps(length),
+            num_warps=tile.warps,
             enable_fp_fusion=False,
-            **format_constants(fmt, length, rotation, carrier),
+            **row_constants(fmt, tile, rotation, carrier, x.dtype),
         )
     return data, scale

@@ -23,6 +23,7 @@ from pq_fx.kernels.values import (
     fold_scale,
     packed_values,
     round_bf16,
+    round_to,
     scale_values,
 )
 
@@ -80,7 +81,9 @@ def norm_quantize(
     rotation: int,
     carrier: str,
 ) -> tuple[Tensor, Tensor]:
-    """Layer or RMS norm over the last axis, affine, modulation, then `quantize`; fp32 throughout.
+    """Layer or RMS norm over the last axis, affine, modulation in fp32, then `quantize`.
+
+    What is quantized is rounded to x's dtype first, as a float model hands it to its linear.
 
     ``y = norm(x) * weight + bias``, then ``y * (1 + mod_scale) + mod_shift``; weight and bias [K];
     mod_* [B, 1, K] or [B, K], one row for all tokens of a batch entry of x [B, ..., K].
@@ -104,7 +107,7 @@ def norm_quantize(
         y = y * (_per_token(mod_scale, x).float() + 1.0)
     if mod_shift is not None:
         y = y + _per_token(mod_shift, x).float()
-    return quantize(y, perm, global_scale, clip, format, rotation, carrier)
+    return quantize(round_to(y, x.dtype), perm, global_scale, clip, format, rotation, carrier)
 
 
 def act_quantize(
@@ -120,6 +123,8 @@ def act_quantize(
     carrier: str,
 ) -> tuple[Tensor, Tensor]:
     """``cat([before, act(x) * gate], -1)`` in fp32, then `quantize` of that whole row.
+
+    What is quantized is rounded to x's dtype first, as a float model hands it to its linear.
 
     Args:
         x: float [..., K - B], B the channels of `before`.
@@ -145,7 +150,7 @@ def act_quantize(
         y = y * gate.float()
     if before is not None:
         y = torch.cat([before.float(), y], dim=-1)
-    return quantize(y, perm, global_scale, clip, format, rotation, carrier)
+    return quantize(round_to(y, x.dtype), perm, global_scale, clip, format, rotation, carrier)
 
 
 def linear(

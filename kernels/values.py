@@ -98,3 +98,20 @@ def round_bf16(x: Tensor) -> Tensor:
     bits = x.contiguous().view(torch.int32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
     return torch.where(x.isnan(), x, rounded.view(torch.float32))
+
+
+def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 rounded to `dtype`'s nearest even (bf16, fp16; fp32 as it is), kept in fp32."""
+    if dtype == torch.bfloat16:
+        return round_bf16(x)
+    if dtype != torch.float16:
+        return x
+    # By fp32 sums, for the reason above: the magic number pushes the bits to be dropped out.
+    a = x.abs()
+    exponent = (a.contiguous().view(torch.int32) & 0x7F800000).clamp(
+        min=(127 - 14) << 23, max=(127 + 16) << 23
+    )
+    magic = (exponent + (13 << 23)).view(torch.float32)
+    rounded = (a + magic) - magic
+    rounded = torch.where(a >= 65520.0, math.inf, rounded)
+    return torch.where(x.isnan(), x, rounded.copysign(x))

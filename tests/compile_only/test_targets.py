@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -18,6 +19,14 @@ from pq_fx.kernels.formats import Format
 
 CHIPS = (80, 89, 90, 100, 120)
 FP8_CHIPS = CHIPS[1:]
+# The tensor-core instruction of each chip.
+MMA = {
+    80: "mma.sync",
+    89: "mma.sync",
+    90: "wgmma.mma_async",
+    100: "tcgen05.mma",
+    120: "mma.sync",
+}
 
 
 def kernels(name: str) -> Any:
@@ -53,10 +62,13 @@ def check_target(compiled: Any, chip: int) -> str:
     return ptx
 
 
-def row_constants(key: str, carrier: str, chip: int, **more: Any) -> dict[str, Any]:
+def row_constants(key: str, carrier: str, chip: int, channels: int, **more: Any) -> dict[str, Any]:
     activation = kernels("activation_quantize")
-    constants = activation.format_constants(Format.parse(key), 1024, 16, carrier)
-    return {**constants, "NATIVE_FP8": chip >= 89, **more}
+    fmt = Format.parse(key)
+    rotation = fmt.group_size
+    tile = activation.row_tile(channels, fmt, rotation, torch.bfloat16)
+    constants = activation.row_constants(fmt, tile, rotation, carrier, torch.bfloat16)
+    return {**constants, "NATIVE_FP8": chip >= 89, "CHANNELS": channels, **more}
 
 
 ROW_TYPES = {
@@ -72,29 +84,31 @@ ROW_TYPES = {
 def test_norm_quantize(chip: int) -> None:
     carrier = "codes" if chip == 80 else "e4m3"
     flags = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_GLOBAL", "HAS_CLIP"), False)
-    flags |= dict.fromkeys(("RMS", "HAS_SCALE", "HAS_SHIFT", "HAS_PERM", "ON_CHIP"), True)
-    constants = row_constants("int4:64:bf16", carrier, chip, **flags)
+    flags |= dict.fromkeys(("RMS", "HAS_SCALE", "HAS_SHIFT", "HAS_PERM"), True)
+    constants = row_constants("int4:64:bf16", carrier, chip, 768, **flags)
     types = {**ROW_TYPES, "scale_ptr": "*bf16" if chip == 80 else "*fp32"}
     if chip == 90:
         types["eps"] = "fp64"  # as Inductor passes a Python float
     kernel = kernels("norm_quantize")._norm_quantize_kernel
     ptx = check_target(
-        compile_kernel(kernel, chip, constants, types, enable_fp_fusion=False, num_warps=2), chip
+        compile_kernel(kernel, chip, constants, types, enable_fp_fusion=False, num_warps=4), chip
     )
-    # The codes leave in wide stores, and fp8 bytes come from the hardware's conversion.
+    # The codes leave in wide stores, fp8 bytes come from the hardware's conversion, and tensor
+    # cores rotate.
     assert "st.global.v" in ptx
     assert ("e4m3x2" in ptx) == (chip >= 89)
+    assert "mma" in ptx
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_act_quantize(chip: int) -> None:
     flags = {"ACT": "gelu_tanh", "HAS_GATE": True, "HAS_PERM": True, "HAS_GLOBAL": True}
-    flags |= {"HAS_BEFORE": True, "HAS_CLIP": True}
-    constants = row_constants("nvfp4:16:e4m3", "codes", chip, **flags, ON_CHIP=False)
+    flags |= {"HAS_CLIP": True, "BEFORE": 256}
+    constants = row_constants("nvfp4:16:e4m3", "codes", chip, 768, **flags)
     kernel = kernels("activation_quantize")._act_quantize_kernel
     types = {**ROW_TYPES, "scale_ptr": "*u8"}
     check_target(
-        compile_kernel(kernel, chip, constants, types, enable_fp_fusion=False, num_warps=2), chip
+        compile_kernel(kernel, chip, constants, types, enable_fp_fusion=False, num_warps=4), chip
     )
 
 
@@ -138,8 +152,7 @@ def test_fp8_gemm_uses_fp8_tensor_cores(chip: int) -> None:
     types |= {"a_scale_ptr": "*fp32", "b_scale_ptr": "*fp32"}
     kernel = kernels("gemm_fp8")._fp8_gemm_kernel
     ptx = check_target(compile_kernel(kernel, chip, constants, types, num_warps=4), chip)
-    instruction = {89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
-    assert instruction[chip] in ptx
+    assert MMA[chip] in ptx
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -1,0 +1,160 @@
+"""What the launchers share on the host: checks of arguments, tensors as rows, the device."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from pq_fx.errors import FormatError, PQError
+from pq_fx.kernels.formats import Format
+from pq_fx.kernels.launch import recording
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class KernelError(PQError, ValueError):
+    """A tensor handed to a kernel has the wrong shape, dtype or device; the message says which."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise KernelError with `message` unless `condition` holds."""
+    if not condition:
+        raise KernelError(message)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Make x's GPU the current one for a launch; nothing to do where it is already."""
+    require(
+        x.device.type == "cuda" or INTERPRETED,
+        f"a Triton kernel got a tensor on {x.device}; it needs CUDA (or TRITON_INTERPRET=1)",
+    )
+    if recording() or x.device.type != "cuda":
+        return nullcontext()
+    if x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device_of(x)
+
+
+def native_fp8(device: torch.device) -> bool:
+    """Whether Triton converts to e4m3 in hardware on `device` (sm_89 and newer)."""
+    if INTERPRETED or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor [..., K] as `batch` times `tokens` rows, at batch * outer_stride + token * stride."""
+
+    tensor: Tensor
+    batch: int
+    tokens: int
+    outer_stride: int
+    stride: int
+
+
+def as_rows(x: Tensor, name: str) -> Rows:
+    """View [..., K] as [B, T, K] without a copy where two strides describe it, else copy it.
+
+    B is the first axis of tensors with three or more. Sliced and chunked tensors (q, k, v of one
+    projection, the halves of a GLU) need no copy.
+    """
+    require(x.dim() >= 1, f"{name} must have at least one axis, got a scalar")
+    channels = x.shape[-1]
+    if x.stride(-1) != 1 and channels > 1:
+        x = x.contiguous()
+    if x.dim() <= 2:
+        y = x.reshape(1, -1, channels)
+    elif x.dim() == 3:
+        y = x
+    else:
+        y = x.reshape(x.shape[0], -1, channels)
+    return Rows(y, y.shape[0], y.shape[1], y.stride(0), y.stride(1))
+
+
+def storage_bytes(tensor: Tensor) -> Tensor:
+    """e4m3 tensors as uint8 for Triton's interpreter and for chips without fp8; others as they are.
+
+    Kernels take either (`rounding.as_bytes`).
+    """
+    if tensor.element_size() > 1 or native_fp8(tensor.device):
+        return tensor
+    return tensor.view(torch.uint8)
+
+
+def padded_length(channels: int) -> int:
+    """Power of two that holds a row; raises KernelError for rows too long for one program."""
+    require(
+        0 < channels <= 65536,
+        f"rows of {channels} channels do not fit one program (1 to 65536); split the linear",
+    )
+    return max(16, triton.next_power_of_2(channels))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How programs hold rows: `rows` of them, each as pieces of `head` and `tail` channels."""
+
+    rows: int
+    head: int
+    tail: int
+    warps: int
+
+
+def tile_of(channels: int, unit: int, by_dot: bool) -> Tile:
+    """Tile for rows of `channels`: few idle lanes, 48 to 96 elements a thread.
+
+    `unit` divides both pieces (group and rotation sizes). `by_dot`: a rotation by `tl.dot`, which
+    wants 16 groups a piece or more.
+    """
+    length = padded_length(channels)
+    head, tail = length, 0
+    if channels > 64:
+        first = length // 2
+        second = max(triton.next_power_of_2(channels - first), unit)
+        if first + second < length:
+            head, tail = first, second
+    rows = min(max(12288 // (head + tail), 1), 4)
+    rows = 1 << (rows.bit_length() - 1)
+    if by_dot:
+        while rows * (tail or head) < 16 * unit:
+            rows *= 2
+    warps = triton.next_power_of_2(triton.cdiv(rows * (head + tail), 3072))
+    return Tile(rows, head, tail, min(warps, 32))
+
+
+def scale_dtype(fmt: Format) -> torch.dtype:
+    """Storage dtype of a format's group scales."""
+    return {
+        "bf16": torch.bfloat16,
+        "pow2": torch.bfloat16,
+        "e4m3": torch.float8_e4m3fn,
+        "e8m0": torch.uint8,
+        "fp32": torch.float32,
+    }[fmt.scale]
+
+
+def check_perm(perm: Tensor | None, channels: int, device: torch.device) -> None:
+    """Raise KernelError unless perm is None or int32 [channels] on `device`."""
+    if perm is None:
+        return
+    require(perm.dtype == torch.int32, f"perm must be int32, got {perm.dtype}; call perm.int()")
+    require(
+        tuple(perm.shape) == (channels,),
+        f"perm has shape {tuple(perm.shape)}, expected ({channels},), one entry a channel",
+    )
+    require(perm.device == device, f"perm is on {perm.device}, x on {device}")
+
+
+def check_rotation(rotation: int, channels: int) -> None:
+    """Raise FormatError unless rotation is 0 or a power of two that divides the channels."""
+    if rotation and (rotation < 0 or rotation & (rotation - 1) or channels % rotation):
+        raise FormatError(
+            f"rotation size {rotation} is not a power of two that divides K={channels}; "
+            "use the group size, or 0 for none"
+        )
