@@ -1,7 +1,7 @@
 """Triton: activation function, gate, channel gather, rotation and group quantize in one kernel.
 
-A program holds a few rows [K]: they are read once, everything else happens on chip. The permutation
-is a gather of the input (served by L1). Defined by `pq_fx.kernels.reference_ops.act_quantize`: given equal fp32
+A program holds a few rows [K]: they are read once, everything else happens on chip. A permutation
+is a gather on chip of what is quantized. Defined by `pq_fx.kernels.reference_ops.act_quantize`: given equal fp32
 values the codes and scales are equal byte for byte; transcendental functions may differ by an ulp
 and then move a code by one step.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
-from pq_fx.kernels.quantize_row import quantize_rows_store
+from pq_fx.kernels.quantize_row import gather_row, quantize_rows_store
 from pq_fx.kernels.reference_ops import ACTIVATIONS, CARRIERS, check_choice
 from pq_fx.kernels.rounding import as_bytes, inverse_one_plus_exp2, round_row
 from pq_fx.kernels.rows import (
@@ -61,22 +61,18 @@ def _activated_piece(
     x_ptrs,
     gate_ptrs,
     before_ptrs,
-    perm_ptr,
     FIRST: tl.constexpr,
     LENGTH: tl.constexpr,
     CHANNELS: tl.constexpr,
     BEFORE: tl.constexpr,
     ACT: tl.constexpr,
     HAS_GATE: tl.constexpr,
-    HAS_PERM: tl.constexpr,
 ):
     """Channels FIRST to FIRST + LENGTH of ``cat([before, act(x) * gate])`` of rows; [R, LENGTH]."""
     at = FIRST + tl.arange(0, LENGTH)[None, :]
     inside = at < CHANNELS
-    if HAS_PERM:
-        at = tl.load(perm_ptr + at, mask=inside, other=0)
     kind: tl.constexpr = x_ptrs.dtype.element_ty
-    if BEFORE > 0 and not HAS_PERM and FIRST + LENGTH <= BEFORE:
+    if FIRST + LENGTH <= BEFORE:
         return tl.load(before_ptrs[:, None] + at)
     else:
         # The channels that `x` holds; the others come first, and are not activated.
@@ -87,7 +83,7 @@ def _activated_piece(
             gate = tl.load(gate_ptrs[:, None] + (at - BEFORE), mask=own, other=0.0)
             y = y * gate.to(tl.float32)
         y = round_row(y, kind)
-        if BEFORE > 0:
+        if FIRST < BEFORE:
             first = inside & (at < BEFORE)
             before = tl.load(before_ptrs[:, None] + at, mask=first, other=0.0)
             y = tl.where(first, before, y)
@@ -151,29 +147,27 @@ def _act_quantize_kernel(
         x_ptrs,
         gate_ptrs,
         before_ptrs,
-        perm_ptr,
         0,
         HEAD,
         CHANNELS,
         BEFORE,
         ACT,
         HAS_GATE,
-        HAS_PERM,
     )
+    if HAS_PERM:
+        head = gather_row(head, perm_ptr, CHANNELS, ROWS, HEAD, TAIL)
     tail = head
     if TAIL > 0:
         tail = _activated_piece(
             x_ptrs,
             gate_ptrs,
             before_ptrs,
-            perm_ptr,
             HEAD,
             TAIL,
             CHANNELS,
             BEFORE,
             ACT,
             HAS_GATE,
-            HAS_PERM,
         )
     quantize_rows_store(
         head,
@@ -221,10 +215,12 @@ def rotates_by_dot(rotation: int, dtype: torch.dtype) -> bool:
     return dtype != torch.float32 and 16 <= rotation <= 128
 
 
-def row_tile(channels: int, fmt: Format, rotation: int, dtype: torch.dtype) -> Tile:
+def row_tile(
+    channels: int, fmt: Format, rotation: int, dtype: torch.dtype, gathered: bool = False
+) -> Tile:
     """How programs hold rows of `channels` (`rows.tile_of`) for a format and a rotation."""
     by_dot = rotates_by_dot(rotation, dtype)
-    return tile_of(channels, max(fmt.group_size, rotation, 16), by_dot)
+    return tile_of(channels, max(fmt.group_size, rotation, 16), by_dot, gathered)
 
 
 def row_constants(
@@ -323,7 +319,7 @@ def act_quantize(
     rows = as_rows(x, "x")
     gates = rows if gate is None else as_rows(gate, "gate")
     firsts = rows if before is None else as_rows(before, "before")
-    tile = tile or row_tile(channels, fmt, rotation, x.dtype)
+    tile = tile or row_tile(channels, fmt, rotation, x.dtype, perm is not None)
     with on_device_of(x):
         launch(_act_quantize_kernel)[(triton.cdiv(rows.tokens, tile.rows), rows.batch)](
             rows.tensor,

@@ -1,10 +1,9 @@
 """Triton: layer or RMS norm, affine, modulation, channel gather, rotation, quantize in one kernel.
 
 A program holds a few rows [K] of one batch entry, so that their modulation is read once; mean and
-variance are fp32 sums on chip. For a permutation the rows and their factors are read a second time
-in the new order, from L1. Defined by `pq_fx.kernels.reference_ops.norm_quantize`; sums have another
-order here, so a code may move by one step where a value lies on a boundary (tests/thresholds.py
-states how many).
+variance are fp32 sums on chip, and so is the gather of a permutation. Defined by
+`pq_fx.kernels.reference_ops.norm_quantize`; sums have another order here, so a code may move by one
+step where a value lies on a boundary (tests/thresholds.py states how many).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pq_fx.kernels.activation_quantize import (
 )
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
-from pq_fx.kernels.quantize_row import quantize_rows_store
+from pq_fx.kernels.quantize_row import gather_row, quantize_rows_store
 from pq_fx.kernels.reference_ops import CARRIERS, NORMS, check_choice
 from pq_fx.kernels.rounding import as_bytes, round_row
 from pq_fx.kernels.rows import (
@@ -152,13 +151,6 @@ def _norm_quantize_kernel(
             tail = tl.where(tail_inside[None, :], tail, 0.0)
     square = _row_sum(x * x, tail * tail, TAIL)
     inverse_deviation = 1.0 / tl.sqrt(square / CHANNELS + eps)
-    if HAS_PERM:
-        # Read again in the new order, from L1.
-        at = tl.load(perm_ptr + at, mask=inside, other=0)
-        x = _load_piece(rows, at, inside).to(tl.float32) - mean[:, None]
-        if TAIL > 0:
-            tail_at = tl.load(perm_ptr + tail_at, mask=tail_inside, other=0)
-            tail = _load_piece(rows, tail_at, tail_inside).to(tl.float32) - mean[:, None]
     y = _affine(
         x * inverse_deviation[:, None],
         at,
@@ -175,6 +167,8 @@ def _norm_quantize_kernel(
     if HEAD > CHANNELS:
         y = tl.where(inside[None, :], y, 0.0)
     y = round_row(y, x_ptr.dtype.element_ty)
+    if HAS_PERM:
+        y = gather_row(y, perm_ptr, CHANNELS, ROWS, HEAD, TAIL)
     tail_y = y
     if TAIL > 0:
         tail_y = _affine(
@@ -295,7 +289,7 @@ def norm_quantize(
     shifts = _modulation(mod_shift, x, "mod_shift")
     # A row of modulation serves all tokens of a batch entry; rows [B, K] are entries of one token.
     rows = as_rows(x.unsqueeze(1) if x.dim() == 2 and scales.stride + shifts.stride else x, "x")
-    tile = tile or row_tile(channels, fmt, rotation, x.dtype)
+    tile = tile or row_tile(channels, fmt, rotation, x.dtype, perm is not None)
     with on_device_of(x):
         launch(_norm_quantize_kernel)[(triton.cdiv(rows.tokens, tile.rows), rows.batch)](
             rows.tensor,

@@ -62,6 +62,23 @@ def hadamard_signs(SIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def gather_row(
+    y,
+    perm_ptr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """y [1, HEAD] in the order of perm int32 [CHANNELS], through shared memory; one row, one piece."""
+    tl.static_assert(ROWS == 1 and TAIL == 0)
+    at = tl.arange(0, HEAD)
+    source = tl.load(perm_ptr + at, mask=at < CHANNELS, other=0)
+    source = tl.where(at < CHANNELS, source, at)
+    return tl.reshape(tl.gather(tl.reshape(y, [HEAD]), source, 0), [1, HEAD])
+
+
+@triton.jit
 def rotate(y, ROWS: tl.constexpr, LENGTH: tl.constexpr, SIZE: tl.constexpr, BY_DOT: tl.constexpr):
     """Block Hadamard of rows y [ROWS, LENGTH]; fp32 out.
 

@@ -106,24 +106,25 @@ class Tile:
     warps: int
 
 
-def tile_of(channels: int, unit: int, by_dot: bool) -> Tile:
-    """Tile for rows of `channels`: few idle lanes, 48 to 96 elements a thread.
+def tile_of(channels: int, unit: int, by_dot: bool, gathered: bool) -> Tile:
+    """Tile for rows of `channels`, as measured on H100 (bench/results/micro_h100.json).
 
     `unit` divides both pieces (group and rotation sizes). `by_dot`: a rotation by `tl.dot`, which
-    wants 16 groups a piece or more.
+    wants 16 groups a piece or more. `gathered`: one row as one piece, for the gather on chip.
     """
     length = padded_length(channels)
+    if gathered:
+        warps = min(max(length // 1024, 2), 32)
+        while by_dot and length < 16 * unit:
+            length *= 2
+        return Tile(1, length, 0, warps)
     head, tail = length, 0
-    if channels > 64:
-        first = length // 2
-        second = max(triton.next_power_of_2(channels - first), unit)
-        if first + second < length:
-            head, tail = first, second
-    rows = min(max(12288 // (head + tail), 1), 4)
-    rows = 1 << (rows.bit_length() - 1)
-    if by_dot:
-        while rows * (tail or head) < 16 * unit:
-            rows *= 2
+    if channels > 64 and length // 2 >= unit:
+        head = length // 2
+        tail = max(triton.next_power_of_2(channels - head), unit)
+    rows = 2 if length <= 4096 else 1
+    while by_dot and rows * (tail or head) < 16 * unit:
+        rows *= 2
     warps = triton.next_power_of_2(triton.cdiv(rows * (head + tail), 3072))
     return Tile(rows, head, tail, min(warps, 32))
 

@@ -66,7 +66,7 @@ def row_constants(key: str, carrier: str, chip: int, channels: int, **more: Any)
     activation = kernels("activation_quantize")
     fmt = Format.parse(key)
     rotation = fmt.group_size
-    tile = activation.row_tile(channels, fmt, rotation, torch.bfloat16)
+    tile = activation.row_tile(channels, fmt, rotation, torch.bfloat16, more["HAS_PERM"])
     constants = activation.row_constants(fmt, tile, rotation, carrier, torch.bfloat16)
     return {**constants, "NATIVE_FP8": chip >= 89, "CHANNELS": channels, **more}
 
@@ -84,7 +84,7 @@ ROW_TYPES = {
 def test_norm_quantize(chip: int) -> None:
     carrier = "codes" if chip == 80 else "e4m3"
     flags = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_GLOBAL", "HAS_CLIP"), False)
-    flags |= dict.fromkeys(("RMS", "HAS_SCALE", "HAS_SHIFT", "HAS_PERM"), True)
+    flags |= dict.fromkeys(("RMS", "HAS_SCALE", "HAS_SHIFT"), True) | {"HAS_PERM": chip == 90}
     constants = row_constants("int4:64:bf16", carrier, chip, 768, **flags)
     types = {**ROW_TYPES, "scale_ptr": "*bf16" if chip == 80 else "*fp32"}
     if chip == 90:
