@@ -84,3 +84,17 @@ def parameter_inputs(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
         ):
             found[node.name] = value
     return found
+
+
+def stored_tensors(model: torch.nn.Module) -> dict[int, str]:
+    """Map the id of each parameter and each buffer that is saved to its (first) name.
+
+    A permutation may go into these only. A buffer that is not saved (`persistent=False`) is a table that the model may
+    compute anew, as PixArt and DiT do with their position embedding at another resolution: it must stay as it is, and
+    then so must the channels that it meets.
+    """
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor):
+            names.setdefault(id(tensor), name)
+    return names

@@ -17,7 +17,7 @@ from torch import fx, nn
 from pq_fx.errors import CalibrationError
 from pq_fx.passes import observe, verify
 from pq_fx.passes.regions import RegionMap, find_regions
-from pq_fx.passes.retrace import parameter_inputs, retrace
+from pq_fx.passes.retrace import parameter_inputs, retrace, stored_tensors
 from pq_fx.statistics import Statistics
 
 log = logging.getLogger("pq_fx")
@@ -29,9 +29,7 @@ class Observer:
     def __init__(self, model: nn.Module, statistics: Statistics, rows: int, seed: int) -> None:
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self._alive = [t for _, t in tensors]  # so that no id is reused
-        self.names: dict[int, str] = {}
-        for name, tensor in tensors:
-            self.names.setdefault(id(tensor), name)
+        self.names = stored_tensors(model)
         self.statistics = statistics
         self.rows = rows
         self.seed = seed

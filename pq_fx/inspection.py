@@ -24,7 +24,7 @@ from pq_fx.inspection_report import Inspection, LinearInspection
 from pq_fx.kernels.formats import Format
 from pq_fx.passes import _torch
 from pq_fx.passes.regions import find_regions
-from pq_fx.passes.retrace import parameter_inputs, retrace
+from pq_fx.passes.retrace import parameter_inputs, retrace, stored_tensors
 from pq_fx.passes.rules import shape_of, source
 from pq_fx.plan import LinearFact, Plan
 from pq_fx.pointwise import linearized
@@ -129,9 +129,7 @@ class _Looker:
     bound: set[tuple[int, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.names: dict[int, str] = {}
-        for name, t in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            self.names.setdefault(id(t), name)
+        self.names = stored_tensors(self.model)
 
     def __call__(self, gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         traced = retrace(gm)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import pq_fx
 from pq_fx.errors import GraphError
 from pq_fx.passes.fold import fold_tensors
 from pq_fx.passes.regions import Region, RegionMap, find_regions
@@ -174,3 +175,32 @@ def test_permutation_out_of_a_head_is_refused(tiny_flux: Flux) -> None:
         fold_tensors(region, perm, params)
     with pytest.raises(GraphError, match="expected a permutation"):
         fold_tensors(region, np.zeros_like(perm), params)
+
+
+class Table(nn.Module):
+    """A residual stream that meets a position table."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(8, 32), nn.Linear(32, 4)
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+        self.register_buffer("table", torch.randn(1, 6, 32), persistent=persistent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x) + self.table
+        for block in self.blocks:
+            h = h + block(nn.functional.layer_norm(h, (32,)))
+        return self.out(nn.functional.layer_norm(h, (32,)))
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_table_that_is_not_saved_stays_and_keeps_the_stream(persistent: bool) -> None:
+    torch.manual_seed(5)
+    model = Table(persistent).eval()
+    quantizer = pq_fx.prepare(model, {"format": "int4", "group_size": 16})
+    with torch.no_grad(), quantizer.calibrate():
+        model(torch.randn(2, 6, 8))
+    regions = quantizer.statistics().plan.regions.values()
+    assert any(r.foldable for r in regions) == persistent
+    if not persistent:
+        assert all("add" in " ".join(r.reasons) for r in regions if r.name.startswith("blocks"))
