@@ -159,8 +159,7 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_files_that_are_damaged_or_foreign_are_refused(tmp_path: Path) -> None:
     saved(gathered(block(), calls(1)), tmp_path / "s")
     whole = (tmp_path / "s").read_bytes()
-    header = whole[8:].split(b"}}", 1)[0]
-    assert b'\\"version\\": 1' in header
+    assert b'\\"version\\": 1' in whole
     lacking = load_file(tmp_path / "s")
     del lacking["down.weight/keys"], lacking["@plan/0"]
     for name, content, says in (
