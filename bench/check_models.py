@@ -28,6 +28,7 @@ from models import MODELS
 import pq_fx
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.reference import fake_quantize
+from pq_fx.pointwise import linearize
 
 SETTINGS = {
     "format": "int4",
@@ -57,6 +58,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 def plainly_rounded(model: nn.Module, report: pq_fx.Report) -> nn.Module:
     """A copy of the float model whose quantized linears round their weights and inputs, nothing else."""
     rounded = copy.deepcopy(model)
+    linearize(rounded)
     for layer in report.quantized:
         linear = rounded.get_submodule(layer.fqn)
         fmt = Format.parse(layer.format)
@@ -69,7 +71,7 @@ def plainly_rounded(model: nn.Module, report: pq_fx.Report) -> nn.Module:
 
 def check(name: str, compiled: bool = False) -> dict[str, Any]:
     """Go the whole road with one class; raises AssertionError where a result is wrong."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     start = time.perf_counter()
     model, inputs = MODELS[name].tiny()
     second = MODELS[name].tiny_inputs()
@@ -102,7 +104,7 @@ def check(name: str, compiled: bool = False) -> dict[str, Any]:
             row["loaded_equal"] = torch.equal(output(loaded(**inputs)), got)
         assert row["loaded_equal"], row
         if compiled:
-            torch._dynamo.reset()
+            torch.compiler.reset()
             again = output(torch.compile(model, backend="permuquant")(**inputs))
             row["compiled_error"] = relative(again, got)
             assert row["compiled_error"] < COMPILED_ERROR, row

@@ -192,11 +192,11 @@ def test_a_state_dict_of_another_rotation_or_format_is_refused() -> None:
 def test_statistics_of_another_model_are_refused() -> None:
     statistics = calibrated(toy.toy(blocks=3)).statistics()
     other = toy.toy()
-    with pytest.raises(CalibrationError, match=r"another model.*blocks\.2\..*has none"):
+    with pytest.raises(CalibrationError, match="another model"):
         pq_fx.prepare(other, CONFIG, statistics=statistics).convert()
     wide = toy.toy(blocks=3)
     wide.blocks[0].up, wide.blocks[0].down = nn.Linear(WIDTH, 192), nn.Linear(192, WIDTH)
-    with pytest.raises(CalibrationError, match=r"another model.*blocks\.0\.up.*\[192, 64\]"):
+    with pytest.raises(CalibrationError, match="another model"):
         pq_fx.prepare(wide, CONFIG, statistics=statistics).convert()
     assert not quantized_linears(other) and not quantized_linears(wide)
 
