@@ -1,7 +1,6 @@
 """New shapes cost a quantized model at most one compile more than the float model, and every result is right.
 
-Dynamo's graphs are counted here, with everything that the backend does to them but Inductor's code generation, which
-`bench/check_shapes.py` adds: it compares with backend="inductor" on the float model.
+Dynamo's graphs are counted here, with everything that the backend does to them but Inductor's code generation.
 """
 
 from __future__ import annotations
