@@ -83,7 +83,7 @@ def from_edits(model: nn.Module, edits: Edits) -> dict[Axis, AxisEdit]:
             factor = None
         if factor is not None or order is not None:
             result[name, axis] = AxisEdit(
-                None if factor is None else factor.detach().float().cpu(),
+                None if factor is None else factor.detach().to("cpu", torch.float32, copy=True),
                 None if order is None else order.to("cpu", torch.int32),
             )
     return result

@@ -54,10 +54,10 @@ def _fold(
     scale = found.scale
     params = plan.scale_params.get(point.linears[0], ())
     region = plan.regions.get(view.name)
-    whole = region is not None and region.points == view.points and len(view.points) == 1
-    if not params or not whole:
+    # Nothing but this point's linears reads what `params` produce (passes/scales.py), whatever points share the region;
+    # a point that was split, or whose linears are partly left in float, has other readers.
+    if not params or region is None or point not in region.points:
         return scale, False
-    assert region is not None
     norm = all(edits.tensors[p].dim() == 1 and len(edits.tensors[p]) == len(scale) for p in params)
     if norm and not region.foldable:
         for name in params:

@@ -16,8 +16,6 @@ from pq_fx.modules import quantized_linears
 
 K, GROUP = 64, 16
 CONFIG = {"group_size": GROUP, "weight_only_format": "int4:16:bf16", "calibration_rows": 256}
-# Since the residual stream became a region, the scales of a norm that reads it are multiplied in the graph.
-STREAM = "smoothing does not fold into a norm that reads the residual stream yet"
 
 
 class Block(nn.Module):
@@ -69,7 +67,6 @@ def converted(
     return model, quantizer.convert(), was
 
 
-@pytest.mark.xfail(reason=STREAM, strict=True)
 def test_scales_go_where_they_commute() -> None:
     model, report, was = converted("smoothquant")
     how = {row.fqn: row.smooth for row in report.layers if row.quantized}
@@ -93,7 +90,6 @@ def test_scales_go_where_they_commute() -> None:
     assert error < 0.8 * plain
 
 
-@pytest.mark.xfail(reason=STREAM, strict=True)
 def test_folded_scales_meet_their_inverses() -> None:
     """With 8 bits little but the folds could change the outputs; one undone, they are far off."""
     model, report, was = converted("smoothquant", format="int8")
