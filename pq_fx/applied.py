@@ -8,49 +8,17 @@ model. The record is a table of small CPU tensors on the model; a checkpoint sto
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pq_fx.edits import Axis, Edits
+from pq_fx.edits import Axis, AxisEdit, Edits
 from pq_fx.errors import CheckpointError
 from pq_fx.modules import QuantLinear
 
 PREFIX = "permuquant_edits."
 _ATTRIBUTE = "permuquant_edits"
 _KINDS = ("factor", "order")
-
-
-@dataclass(frozen=True)
-class AxisEdit:
-    """One axis: multiplied by `factor` (fp32 [n]), then read in `order` (int32 [n]); None: not."""
-
-    factor: Tensor | None
-    order: Tensor | None
-
-    def apply(self, value: Tensor, axis: int) -> Tensor:
-        """`value` of the float model as the converted one needs it, in its own dtype."""
-        if self.factor is not None:
-            value = (value.float() * _along(self.factor, value, axis)).to(value.dtype)
-        if self.order is not None:
-            value = value.index_select(axis, self.order.to(value.device))
-        return value
-
-    def undo(self, value: Tensor, axis: int) -> Tensor:
-        """The inverse of `apply`."""
-        if self.order is not None:
-            value = torch.empty_like(value).index_copy_(
-                axis, self.order.to(value.device).long(), value
-            )
-        if self.factor is not None:
-            value = (value.float() / _along(self.factor, value, axis)).to(value.dtype)
-        return value
-
-
-def _along(factor: Tensor, value: Tensor, axis: int) -> Tensor:
-    shape = [-1 if i == axis else 1 for i in range(value.dim())]
-    return factor.to(value.device).view(shape)
 
 
 Applied = Mapping[Axis, AxisEdit]

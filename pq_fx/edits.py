@@ -7,11 +7,43 @@ copied until a tensor is asked for, so a conversion holds one edited tensor at a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 Axis = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class AxisEdit:
+    """One axis: multiplied by `factor` (fp32 [n]), then read in `order` (integers [n]); None: not."""
+
+    factor: Tensor | None
+    order: Tensor | None
+
+    def apply(self, value: Tensor, axis: int) -> Tensor:
+        """`value` of the float model as the converted one needs it, in its own dtype."""
+        if self.factor is not None:
+            value = (value.float() * _along(self.factor, value, axis)).to(value.dtype)
+        if self.order is not None:
+            value = value.index_select(axis, self.order.to(value.device))
+        return value
+
+    def undo(self, value: Tensor, axis: int) -> Tensor:
+        """The inverse of `apply`."""
+        if self.order is not None:
+            value = torch.empty_like(value).index_copy_(
+                axis, self.order.to(value.device).long(), value
+            )
+        if self.factor is not None:
+            value = (value.float() / _along(self.factor, value, axis)).to(value.dtype)
+        return value
+
+
+def _along(factor: Tensor, value: Tensor, axis: int) -> Tensor:
+    shape = [-1 if i == axis else 1 for i in range(value.dim())]
+    return factor.to(value.device).view(shape)
 
 
 class Edits:
@@ -46,19 +78,14 @@ class Edits:
         """The tensor with its factors, in the model's order; the tensor itself where it has none."""
         tensor = self.tensors[name].detach()
         for axis in range(tensor.dim()):
-            factor = self._factors.get((name, axis))
-            if factor is not None:
-                shape = [-1 if i == axis else 1 for i in range(tensor.dim())]
-                tensor = (tensor.float() * factor.view(shape)).to(tensor.dtype)
+            tensor = AxisEdit(self._factors.get((name, axis)), None).apply(tensor, axis)
         return tensor
 
     def edited(self, name: str) -> Tensor:
         """The tensor with factors and orders; the tensor itself where it has none."""
         tensor = self.scaled(name)
         for axis in range(tensor.dim()):
-            order = self._orders.get((name, axis))
-            if order is not None:
-                tensor = tensor.index_select(axis, order)
+            tensor = AxisEdit(None, self._orders.get((name, axis))).apply(tensor, axis)
         return tensor
 
     @torch.no_grad()
