@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from pq_fx.passes.nodes import shape_of, source
 from pq_fx.passes.patterns import match_act
 from pq_fx.passes.rewrite import canonical, private, replace
-from pq_fx.passes.rules import shape_of, source
 
 aten, pq = torch.ops.aten, torch.ops.pq
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from pq_fx.passes.nodes import shape_of
 from pq_fx.passes.patterns import match_norm
 from pq_fx.passes.rewrite import private, replace
-from pq_fx.passes.rules import shape_of
 
 pq = torch.ops.pq
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from pq_fx.passes.nodes import shape_of, tensor_meta
 from pq_fx.passes.rewrite import evaluate, private, replace
-from pq_fx.passes.rules import shape_of, tensor_meta
 
 aten = torch.ops.aten
 

@@ -18,8 +18,8 @@ import operator
 import torch
 from torch import fx
 
+from pq_fx.passes.nodes import shape_of, tensor_meta
 from pq_fx.passes.rewrite import evaluate
-from pq_fx.passes.rules import shape_of, tensor_meta
 
 aten, pq = torch.ops.aten, torch.ops.pq
 _DATA, _SCALE, _GLOBAL, _FORMAT = 0, 1, 2, 3

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from pq_fx.passes.rules import shape_of, source, tensor_meta
+from pq_fx.passes.nodes import shape_of, source, tensor_meta
 
 aten = torch.ops.aten
 NORMS = {aten.layer_norm.default: "layer", aten.rms_norm.default: "rms"}

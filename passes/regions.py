@@ -22,8 +22,8 @@ import torch
 from torch import fx
 
 from pq_fx.passes.channels import Channels, propagate
+from pq_fx.passes.nodes import source
 from pq_fx.passes.patterns import match_norm
-from pq_fx.passes.rules import source
 from pq_fx.passes.select import Linear, select
 
 

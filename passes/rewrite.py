@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from pq_fx.passes import _torch
-from pq_fx.passes.rules import is_identity, tensor_meta
+from pq_fx.passes.nodes import is_identity, tensor_meta
 
 
 def canonical(node: fx.Node) -> fx.Node:

@@ -14,19 +14,8 @@ from torch import fx
 
 from pq_fx.passes import rules_layout, rules_mixing  # noqa: F401  (they enter their rules into the table)
 from pq_fx.passes.channels import Labels, Propagation
-from pq_fx.passes.nodes import is_identity, shape_of, source, tensor_meta
-from pq_fx.passes.rule_table import RULES, join, pin_inputs, rule, value_of
-
-__all__ = [
-    "RULES",
-    "apply_rule",
-    "is_identity",
-    "pointwise",
-    "rule",
-    "shape_of",
-    "source",
-    "tensor_meta",
-]
+from pq_fx.passes.nodes import is_identity, tensor_meta
+from pq_fx.passes.rule_table import RULES, join, pin_inputs, value_of
 
 # Operations that yield nothing and change nothing.
 CHECKS = {

@@ -17,8 +17,8 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
+from pq_fx.passes.nodes import shape_of, tensor_meta
 from pq_fx.passes.patterns import NORMS
-from pq_fx.passes.rules import shape_of, tensor_meta
 
 aten = torch.ops.aten
 _LAYOUT = {

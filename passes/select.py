@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from pq_fx.passes._torch import hint
-from pq_fx.passes.rules import is_identity, shape_of, source, tensor_meta
+from pq_fx.passes.nodes import is_identity, shape_of, source, tensor_meta
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default

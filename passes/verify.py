@@ -13,8 +13,8 @@ from pq_fx.errors import GraphError
 from pq_fx.kernels.formats import Format
 from pq_fx.passes.channels import Propagation, propagate
 from pq_fx.passes.fold import axis_index
+from pq_fx.passes.nodes import tensor_meta
 from pq_fx.passes.regions import Region
-from pq_fx.passes.rules import tensor_meta
 
 pq = torch.ops.pq
 

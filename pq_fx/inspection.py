@@ -23,9 +23,9 @@ from pq_fx.errors import GraphError
 from pq_fx.inspection_report import Inspection, LinearInspection
 from pq_fx.kernels.formats import Format
 from pq_fx.passes import _torch
+from pq_fx.passes.nodes import shape_of, source
 from pq_fx.passes.regions import find_regions
 from pq_fx.passes.retrace import parameter_inputs, retrace, stored_tensors
-from pq_fx.passes.rules import shape_of, source
 from pq_fx.plan import LinearFact, Plan
 from pq_fx.pointwise import linearized
 

@@ -7,7 +7,7 @@ of it, so that every part can be measured by itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from pq_fx.errors import ConfigError
@@ -80,8 +80,3 @@ def with_parts(name: str, parts: Mapping[str, Any] | None) -> Method:
             wanted = "True or False" if known[key] is bool else "an integer of at least 0"
             raise ConfigError(f"parts[{key!r}] is {value!r}; expected {wanted}")
     return replace(method, **parts)
-
-
-def parts_of(name: str) -> dict[str, Any]:
-    """A method's entries as a dict, for tables and documentation."""
-    return asdict(METHODS[name])
