@@ -24,6 +24,7 @@ from pq_fx import applied
 from pq_fx.errors import CheckpointError, ConfigError, LoraError
 from pq_fx.modules import quantized_linears
 from pq_fx.passes import _torch
+from pq_fx.pointwise import PointwiseConv
 
 
 @pytest.fixture(scope="module", params=["int4", "nvfp4"])
@@ -288,9 +289,8 @@ def test_dequantize_undoes_folds_and_smoothing(family: str, method: str, tmp_pat
     assert len(changed) > 4
     model.save_pretrained(tmp_path)
     loaded = type(float_model).from_pretrained(tmp_path)
-    names = {
-        name.removesuffix(".linear") for name in quantized_linears(model)
-    }  # convolutions again
+    names = set(quantized_linears(model))
+    names |= {n for n, m in model.named_modules() if isinstance(m, PointwiseConv)}
     for one in (model, loaded):
         assert {axis: edit_bytes(e) for axis, e in applied.of_model(one).items()} == {
             axis: edit_bytes(e) for axis, e in applied.of_model(model).items()
