@@ -6,6 +6,8 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,17 +121,30 @@ def _from_folder(folder: Path) -> tuple[str, dict[str, Any]]:
     return str(name), stored
 
 
+@contextmanager
+def _working_directory_importable() -> Iterator[None]:
+    """The working directory is on the path behind the installed packages, which it must not shadow, and no longer."""
+    here = os.getcwd()
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
+
+
 def _from_function(source: str, sizes: InputSizes | None) -> Call:
     module_name, _, function_name = source.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # behind the installed packages, which it must not shadow
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"cannot import {function_name!r} from {module_name!r}: {error}"
-        ) from error
-    result = function()
+    with _working_directory_importable():
+        try:
+            function = getattr(importlib.import_module(module_name), function_name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"cannot import {function_name!r} from {module_name!r}: {error}"
+            ) from error
+        result = function()
     model, *rest = result if isinstance(result, tuple) else (result,)
     if not isinstance(model, nn.Module):
         raise ConfigError(

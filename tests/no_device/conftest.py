@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
-
-# pytest-xdist puts the working directory on its workers' path, where kernels/ would pass for Hugging Face's package.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    sys.path[:] = [p for p in sys.path if p not in ("", os.getcwd())]
 
 
 @pytest.fixture(autouse=True)

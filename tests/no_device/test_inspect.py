@@ -189,7 +189,9 @@ def test_command_on_a_folder_and_a_function(
     assert json.loads(capsys.readouterr().out)["model"] == "FluxTransformer2DModel"
 
     monkeypatch.setitem(sys.modules, "its_models", sys.modules[__name__])
+    path = list(sys.path)
     assert main(["inspect", "its_models:with_arguments", "--json"]) == 0
+    assert sys.path == path  # the working directory would make our kernels/ Hugging Face's package
     assert json.loads(capsys.readouterr().out)["model"] == "Block"
 
 
