@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,6 +31,7 @@ class Settings:
         clips: ratios of which each point's quantizer gets the best one, a constant that its scales
             are made smaller (or larger) by. Rotated channels are bell-shaped and rarely reach
             their largest magnitude, so that finer steps pay for clipping.
+        rotations: points (by name) whose rotation is settled; the others' is chosen.
         seed: of the swaps.
         fit_rows, held_rows: at most so many sampled rows measure errors in each half.
     """
@@ -46,6 +48,7 @@ class Settings:
     half_rotate: bool = False
     refine: int = 0
     clips: tuple[float, ...] = ()
+    rotations: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     fit_rows: int = 256
     held_rows: int = 256

@@ -44,9 +44,9 @@ class _Option(NamedTuple):
     alpha: float | None
     clip: float = 1.0
 
-    @property
-    def changes(self) -> bool:
-        return self.order is not None or self.rotation != 0 or self.clip != 1.0
+    def differs(self, kept: _Option) -> bool:
+        """Whether this is not the model's own order, unclipped, in the rotation that is settled."""
+        return self.order is not None or self.rotation != kept.rotation or self.clip != 1.0
 
 
 _KEEP = _Option(None, 0, False, None)
@@ -91,7 +91,9 @@ def choose(
             settings.weight_search,
             settings.weight_part,
         )
-    keep = _Plan(None, None, {p.name: _KEEP for p in region.points})
+    settled = settings.rotations
+    kept = {p.name: _KEEP._replace(rotation=settled.get(p.name, 0)) for p in region.points}
+    keep = _Plan(None, None, kept)
     if not enough:
         return _result(region, errors, keep, keep, "kept: too few rows to fit and to accept on")
     best = _best(region, errors, seconds, settings)
@@ -99,7 +101,7 @@ def choose(
     if settings.refine and settings.activation is not None:
         best = _refined(region, errors, best, fitting, seconds, settings)
         best = best._replace(options=_clipped(region, errors, best, settings))
-    if not any(o.changes for o in best.options.values()):
+    if not any(o.differs(kept[name]) for name, o in best.options.items()):
         return _result(region, errors, keep, keep, "kept: no candidate has less error")
     before, after = _held(errors, keep), _held(errors, best)
     gain = (before - after) / before if before > 0 else 0.0
@@ -235,6 +237,8 @@ def _homes(blocks: np.ndarray) -> np.ndarray:
 
 
 def _rotations(point: Point, settings: Settings) -> tuple[int, ...]:
+    if point.name in settings.rotations:
+        return (settings.rotations[point.name],)
     if not settings.rotate or point.one_row or settings.activation is None:
         return (0,)
     groups = (settings.activation.group_size, settings.weight.group_size)
@@ -285,7 +289,7 @@ def _result(
         points=points,
         absorb=absorb,
         alpha=plan.alpha if fold is not None or not alphas else alphas[0],
-        accepted=plan is not keep,
+        accepted=plan is not keep or any(o.rotation for o in keep.options.values()),
         rotation=max((o.rotation for o in plan.options.values()), default=0),
         errors=found,
         reason=reason,

@@ -76,6 +76,9 @@ class QuantConfig:
             fraction of the error without it; -1 keeps whatever was best on the rows for fitting.
         gather_margin: the same for a permutation that cannot be folded and has to be gathered on
             chip: it must win by this fraction more.
+        alike_blocks: what plays one role in several blocks is rotated alike (the blocks vote), and
+            has an order, a clip or a smoothing in all of them or in none, so that
+            `compile_repeated_blocks` compiles a block once and not once for each mixture.
         calibration_rows: rows (tokens) of each linear's input that calibration keeps.
         seed: of the choice of those rows; equal seeds and calls give equal results.
 
@@ -97,6 +100,7 @@ class QuantConfig:
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
     tau: float = 0.0
     gather_margin: float = 0.05
+    alike_blocks: bool = True
     calibration_rows: int = 1024
     seed: int = 0
 
@@ -115,6 +119,8 @@ class QuantConfig:
             )
         number("tau", self.tau, -1.0, 1.0)
         number("gather_margin", self.gather_margin, 0.0, 1.0)
+        if not isinstance(self.alike_blocks, bool):
+            raise ConfigError(f"alike_blocks is {self.alike_blocks!r}; expected True or False")
         integer("calibration_rows", self.calibration_rows, 2)  # one to fit on, one to accept on
         integer("seed", self.seed, 0)
         if self.budget_bits is not None:

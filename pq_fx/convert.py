@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from pq_fx import applied
+from pq_fx.alike import dissenting, fill_absent
 from pq_fx.budget import apply_budget
 from pq_fx.config import QuantConfig
 from pq_fx.edits import Edits
@@ -71,12 +73,20 @@ def convert(
             choices[view.name] = _choose(view, statistics, layers, edits, smoothed)
             if progress is not None:
                 progress(done + 1, 2 * len(views))
+        if config.alike_blocks:
+            by_name = {view.name: view for view in views}
+            for name, rotations in dissenting(views, choices).items():
+                choices[name] = _choose(
+                    by_name[name], statistics, layers, edits, smoothed, rotations
+                )
         statistics.check_folds({n: c.fold for n, c in choices.items() if c.fold is not None})
         _enter_folds(plan, choices, edits)
         for done, view in enumerate(views):
             _pack_region(view, choices[view.name], layers, edits, statistics, smoothed, draft)
             if progress is not None:
                 progress(len(views) + done + 1, 2 * len(views))
+    if config.alike_blocks:
+        fill_absent(draft.modules)
     float_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     device = next(iter(tensors.values())).device
     layers.clear()  # they hold the float linears
@@ -146,14 +156,17 @@ def _choose(
     layers: dict[str, Layer],
     edits: Edits,
     smoothed: dict[str, Smoothed],
+    rotations: Mapping[str, int] | None = None,
 ) -> RegionChoice:
     first = layers[view.points[0].linears[0]]
-    settings, moments = _settings(first), _moments(statistics, view)
+    settings = replace(_settings(first), rotations=rotations or {})
+    moments = _moments(statistics, view)
     own: dict[str, Smoothed] = {}
     if first.config.recipe.smooth:
-        own = smooth_region(view, statistics.plan, moments, edits, settings)
+        if rotations is None:
+            smoothed.update(smooth_region(view, statistics.plan, moments, edits, settings))
+        own = {p.name: smoothed[p.name] for p in view.points if p.name in smoothed}
         moments |= {name: smoothed_moments(moments[name], s.scale) for name, s in own.items()}
-        smoothed.update(own)
     weights = {n: edits.scaled(n) for p in view.points for n in p.linears}
     return with_errors_before(choose(view, moments, weights, settings), own)
 
