@@ -91,16 +91,7 @@ def compiled(model: nn.Module, backend: Any, regional: bool) -> Callable:
     return model
 
 
-SPLIT = "blocks that gather differently compile apart: 39 graphs for the float model's 15"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.xfail(reason=SPLIT) if n == "flux-12-blocks" else ())
-        for n in CASES
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_new_shapes(name: str, count_graphs: list[int]) -> None:
     kind, changes, make, regional = CASES[name]
