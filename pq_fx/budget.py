@@ -25,10 +25,15 @@ LADDER = ("int3", "int4", "int8")
 
 
 def ladder(layer: Layer) -> tuple[Format, ...]:
-    """Formats from the fewest bits up, in the group size of the layer's own integer format."""
+    """Formats from the fewest bits up, in the group size of the layer's own integer format.
+
+    Linears of one row a sample (modulation) scale whole channels of the residual stream: an error
+    there costs more than its relative size says, so they get no fewer bits than int4.
+    """
     own = layer.weight_format
     group = own.group_size if own.element.startswith("int") else None
-    return tuple(get_format(name, group or 64) for name in LADDER)
+    names = LADDER[1:] if layer.one_row else LADDER
+    return tuple(get_format(name, group or 64) for name in names)
 
 
 def weight_errors(rows: Tensor, weight: Tensor, formats: Sequence[Format]) -> list[float]:
@@ -43,7 +48,7 @@ def weight_errors(rows: Tensor, weight: Tensor, formats: Sequence[Format]) -> li
 def spread(
     sizes: Mapping[str, int],
     errors: Mapping[str, Sequence[float]],
-    bits: Sequence[float],
+    bits: Mapping[str, Sequence[float]],
     budget: float,
 ) -> dict[str, int]:
     """The rung of each weight, by name.
@@ -51,43 +56,40 @@ def spread(
     Args:
         sizes: number of elements of each weight.
         errors: its error on each rung.
-        bits: bits of an element on each rung, rising.
+        bits: its bits an element on each rung, rising.
         budget: average bits an element, over all weights.
 
     Raises:
         ConfigError: the budget is below the lowest rung.
     """
     total = sum(sizes.values())
-    if budget < bits[0]:
+    smallest = sum(bits[name][0] * size for name, size in sizes.items())
+    if budget * total < smallest:
         raise ConfigError(
-            f"budget_bits={budget:g} is less than the {bits[0]:g} bits of the smallest format"
+            f"budget_bits={budget:g} is less than the {smallest / total:g} bits of the smallest formats"
         )
     rungs = dict.fromkeys(sizes, 0)
-    left = (budget - bits[0]) * total
-    heap = [_step(name, 0, sizes, errors, bits) for name in sizes]
+    left = budget * total - smallest
+    heap = [_step(name, 0, sizes[name], errors[name], bits[name]) for name in sizes]
     heapq.heapify(heap)
     while heap:
         _, name, rung = heapq.heappop(heap)
-        cost = (bits[rung + 1] - bits[rung]) * sizes[name]
+        cost = (bits[name][rung + 1] - bits[name][rung]) * sizes[name]
         if cost > left:
             continue  # a smaller weight may still fit
         left -= cost
         rungs[name] = rung + 1
-        if rung + 2 < len(bits):
-            heapq.heappush(heap, _step(name, rung + 1, sizes, errors, bits))
+        if rung + 2 < len(bits[name]):
+            heapq.heappush(heap, _step(name, rung + 1, sizes[name], errors[name], bits[name]))
     return rungs
 
 
 def _step(
-    name: str,
-    rung: int,
-    sizes: Mapping[str, int],
-    errors: Mapping[str, Sequence[float]],
-    bits: Sequence[float],
+    name: str, rung: int, size: int, errors: Sequence[float], bits: Sequence[float]
 ) -> tuple[float, str, int]:
-    """A heap entry: minus what one more byte saves on this step."""
-    saved = errors[name][rung] - errors[name][rung + 1]
-    return (-saved / ((bits[rung + 1] - bits[rung]) * sizes[name]), name, rung)
+    """A heap entry: minus what one more bit saves on this step."""
+    saved = errors[rung] - errors[rung + 1]
+    return (-saved / ((bits[rung + 1] - bits[rung]) * size), name, rung)
 
 
 def apply_budget(
@@ -101,10 +103,10 @@ def apply_budget(
     `rows` and `weights` are by weight name: fp32 [R, K] on the weight's device, and [N, K].
     """
     errors, sizes, rungs = {}, {}, {}
-    bits: tuple[float, ...] = ()
+    bits: dict[str, tuple[float, ...]] = {}
     for name, layer in layers.items():
         rungs[name] = formats = ladder(layer)
-        bits = tuple(f.bits_per_weight for f in formats)
+        bits[name] = tuple(f.bits_per_weight for f in formats)
         errors[name] = weight_errors(rows[name], weights[name], formats)
         sizes[name] = weights[name].numel()
     chosen = spread(sizes, errors, bits, budget)

@@ -48,7 +48,7 @@ def test_close_to_the_best_spread(seed: int, budget: float) -> None:
     sizes = {f"w{i}": int(g.integers(1, 5)) * 1000 for i in range(7)}
     scale = np.exp(g.standard_normal(7))
     errors = {n: [s * 0.2, s * 0.04, s * 0.0004] for n, s in zip(sizes, scale, strict=True)}
-    rungs = spread(sizes, errors, BITS, budget)
+    rungs = spread(sizes, errors, dict.fromkeys(sizes, BITS), budget)
     used = sum(BITS[rungs[n]] * sizes[n] for n in sizes)
     assert used <= budget * sum(sizes.values()) + 1e-6
     found = sum(errors[n][rungs[n]] for n in sizes)
@@ -62,9 +62,9 @@ def test_close_to_the_best_spread(seed: int, budget: float) -> None:
 def test_sensitive_weights_get_the_bits() -> None:
     sizes = dict.fromkeys("abc", 100)
     errors = {"a": [1.0, 0.1, 0.0], "b": [0.1, 0.01, 0.0], "c": [0.01, 0.001, 0.0]}
-    assert spread(sizes, errors, BITS, 3.6) == {"a": 1, "b": 0, "c": 0}
+    assert spread(sizes, errors, dict.fromkeys(sizes, BITS), 3.6) == {"a": 1, "b": 0, "c": 0}
     with pytest.raises(ConfigError, match=r"3\.25 bits"):
-        spread(sizes, errors, BITS, 3.0)
+        spread(sizes, errors, dict.fromkeys(sizes, BITS), 3.0)
 
 
 def test_a_models_weights_stay_inside_the_budget() -> None:
