@@ -35,6 +35,7 @@ __all__ = [
     "dynamo_root",
     "dynamo_value",
     "every_graph",
+    "get_data",
     "hint",
     "is_fake",
     "list_mode_options",
@@ -45,6 +46,9 @@ __all__ = [
     "trace_pre_dispatch",
     "unset_fake_temporarily",
 ]
+
+# What Dynamo (2.11 to 2.13) writes for `tensor.data`.
+get_data = torch._C._autograd._get_data_attr
 
 
 def dim_expr(size: int | torch.SymInt) -> sympy.Expr:

@@ -8,6 +8,7 @@ float model's. Classes that do not trace as one graph (Lumina2, HiDream) are don
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Callable
 
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from models import MODELS
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pq_fx.errors import GraphError
 from pq_fx.passes import find_regions, fold_tensors, parameter_inputs, retrace, verify_folds
@@ -49,6 +52,7 @@ EXPECTED = {
     "qwen": (1, 13, 10, 25, 5, 4, 0),
     "wan": (1, 12, 10, 20, 1, 5, 0),
     "ltx": (1, 13, 10, 20, 1, 6, 0),
+    "cogvideo": (1, 13, 6, 12, 5, 4, 0),
     "dit": (1, 9, 8, 12, 3, 3, 2),
     "aura": (1, 13, 10, 28, 5, 5, 0),
     "flux2": (1, 16, 12, 28, 4, 7, 0),
@@ -107,13 +111,42 @@ def test_random_folds_change_nothing(name: str) -> None:
     assert (len(seen), regions, folds, *(treatments[t] for t in order)) == EXPECTED[name]
 
 
-def test_a_write_out_of_sight_is_named() -> None:
-    """CogVideoX fills its position embedding through `.data`: refused with the reason, not baked in."""
-    model, kwargs = MODELS["cogvideo"].tiny()
+class Table(nn.Module):
+    """Fills a table through `.data`, as CogVideoX's position embedding does at another size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table = x.new_zeros(5, 6)
+        table.data[2:].copy_(torch.arange(6.0))
+        return self.linear(x + table)
+
+
+@torch.no_grad()
+def test_a_write_through_data_is_seen() -> None:
+    model, x, graphs = Table(), torch.randn(5, 6), []
 
     def backend(gm: torch.fx.GraphModule, _: object) -> Callable:
-        return retrace(gm).forward
+        graphs.append(retrace(gm))
+        return graphs[-1].forward
 
-    with torch.no_grad(), pytest.raises(Exception, match="out of the tracer's sight") as error:
-        torch.compile(model, backend=backend)(**kwargs)
-    assert isinstance(error.value.__cause__ or error.value.inner_exception, GraphError)
+    assert torch.equal(torch.compile(model, backend=backend)(x), model(x))
+    assert not graphs[0].graph.find_nodes(op="get_attr")
+
+
+def test_a_value_out_of_sight_is_named() -> None:
+    """A value that the tracer did not see is refused with the reason, not baked in."""
+    with FakeTensorMode():
+        hidden, x = torch.zeros(3), torch.ones(3)
+    gm = torch.fx.symbolic_trace(lambda x: x + 1)
+    gm.table = hidden
+    (add,) = gm.graph.find_nodes(op="call_function", target=operator.add)
+    with gm.graph.inserting_before(add):
+        table = gm.graph.create_node("get_attr", "table")
+    add.args = (add.args[0], table)
+    gm.recompile()
+    gm.graph.find_nodes(op="placeholder")[0].meta["example_value"] = x
+    with pytest.raises(GraphError, match="out of the tracer's sight"):
+        retrace(gm)

@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 from check_models import check
 
-# linear attention and convolutions, cross attention over text, graph breaks, post-norm, grouped queries, a plain module
-KINDS = ("sana", "wan", "lumina", "bert", "llama", "mlp")
+# linear attention and convolutions, cross attention over text, a table written through `.data`, graph breaks, post-norm,
+# grouped queries, a plain module
+KINDS = ("sana", "wan", "cogvideo", "lumina", "bert", "llama", "mlp")
 
 
 @pytest.mark.parametrize("name", KINDS)
