@@ -33,3 +33,7 @@ class CheckpointError(PQError, RuntimeError):
 
 class LoraError(PQError, RuntimeError):
     """An adapter cannot be used with a quantized model; the message names the way that works."""
+
+
+class PipelineError(PQError, RuntimeError):
+    """A pipeline cannot be loaded, drawn with as asked, or written where asked."""

@@ -43,6 +43,19 @@ class Method:
     smooth: bool = False
     low_rank: int = 0
 
+    @property
+    def fits_data(self) -> bool:
+        """Whether any part is fitted to activations; rounding, rotation and searched weight scales are not."""
+        return (
+            self.sort
+            or self.clip
+            or self.compensate
+            or self.correct_bias
+            or self.smooth
+            or self.refine > 0
+            or self.low_rank > 0
+        )
+
 
 METHODS: dict[str, Method] = {
     "rtn": Method(),

@@ -43,19 +43,19 @@ def find_model(source: str, config: str | None = None, sizes: InputSizes | None 
     return model, (), example_inputs(model, sizes)
 
 
-def read_config(text: str) -> dict[str, Any]:
-    """A JSON object, given as it is or as the name of a file."""
+def read_config(text: str, option: str = "--config") -> dict[str, Any]:
+    """A JSON object, given as it is or as the name of a file; errors name `option`."""
     plain = text
     if not text.lstrip().startswith("{"):
         if not Path(text).is_file():
-            raise ConfigError(f"--config {text!r} is neither a file nor a JSON object")
+            raise ConfigError(f"{option} {text!r} is neither a file nor a JSON object")
         plain = Path(text).read_text()
     try:
         value = json.loads(plain)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"--config is not JSON: {error}") from error
+        raise ConfigError(f"{option} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"--config holds a {type(value).__name__}; expected a JSON object")
+        raise ConfigError(f"{option} holds a {type(value).__name__}; expected a JSON object")
     return value
 
 

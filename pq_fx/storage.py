@@ -37,7 +37,7 @@ def atomic_folder(target: str | os.PathLike[str], check: Callable[[Path], None])
     fresh.mkdir()
     try:
         yield fresh
-        for file in fresh.iterdir():
+        for file in fresh.rglob("*"):
             _sync(file)
         _sync(fresh)
         _swap(fresh, final, final.with_name(f".{final.name}.old-{tag}"))

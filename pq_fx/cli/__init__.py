@@ -12,11 +12,11 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from pq_fx.cli import demo, inspect
+from pq_fx.cli import demo, inspect, quantize
 from pq_fx.errors import PQError
 
 FORESEEN = (PQError, OSError)
-COMMANDS = (demo, inspect)  # in the order of --help
+COMMANDS = (quantize, inspect, demo)  # in the order of --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

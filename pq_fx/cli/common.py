@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from pq_fx.integrations.pipelines import Sampling
 
 Run = Callable[[argparse.Namespace], int | None]
 
@@ -37,3 +45,75 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+def add_sampling(group: argparse._ArgumentGroup) -> None:
+    """Arguments of `sampling_of`."""
+    group.add_argument(
+        "--steps", type=positive, metavar="N", help="a picture; default: the pipeline's"
+    )
+    for side in ("--height", "--width"):
+        group.add_argument(side, type=positive, metavar="N", help="pixels; default: the pipeline's")
+    group.add_argument("--seed", type=int, default=0, help="of the first picture; others follow")
+    group.add_argument(
+        "--call",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a further argument of the pipeline, e.g. guidance_scale=3.5; may be given several times",
+    )
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """How pictures are drawn. Raises ConfigError for a --call that is not NAME=VALUE."""
+    from pq_fx.integrations.pipelines import Sampling, parse_arguments
+
+    return Sampling(
+        arguments.steps,
+        arguments.height,
+        arguments.width,
+        arguments.seed,
+        parse_arguments(arguments.call),
+    )
+
+
+def add_where(command: argparse.ArgumentParser) -> None:
+    """Arguments of `dtype_of`, and --device."""
+    where = command.add_argument_group("where to compute")
+    where.add_argument("--device", default="cpu", help="cpu, or cuda for a GPU")
+    where.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of everything that is not quantized; default: bfloat16 on a GPU, float32 on the CPU",
+    )
+
+
+def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
+    """The dtype to compute in. Raises ConfigError for a --device that this machine does not have."""
+    import torch
+
+    from pq_fx.errors import ConfigError
+
+    try:
+        kind = torch.empty(0, device=arguments.device).device.type
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"--device {arguments.device!r} cannot be used: {first}") from error
+    if arguments.dtype is not None:
+        found: torch.dtype = getattr(torch, arguments.dtype)
+        return found
+    return torch.float32 if kind == "cpu" else torch.bfloat16
+
+
+@contextmanager
+def logged() -> Iterator[None]:
+    """While open, what pq_fx logs of its progress is printed to stderr."""
+    logger = logging.getLogger("pq_fx")
+    handler, level = logging.StreamHandler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

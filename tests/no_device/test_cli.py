@@ -80,7 +80,11 @@ def test_an_unwritable_folder(tmp_path, capsys):
 
 
 def test_help_and_version():
-    for arguments, says in ((["--help"], "demo"), (["demo", "--help"], "grid.png")):
+    for arguments, says in (
+        (["--help"], "demo"),
+        (["demo", "--help"], "grid.png"),
+        (["quantize", "--help"], "--statistics"),
+    ):
         done = subprocess.run(
             [sys.executable, "-m", "pq_fx.cli", *arguments],
             capture_output=True, text=True, check=True,
