@@ -21,7 +21,7 @@ COMMANDS = (quantize, inspect, demo)  # in the order of --help
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
@@ -41,7 +41,7 @@ def _paragraph(error: Exception) -> str:
     return textwrap.fill(" ".join(text.split()), width=100, break_long_words=False)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pq-fx",
         description="4-bit and 3-bit weights and activations for diffusion transformers.",

@@ -97,7 +97,7 @@ def test_help_and_version():
 
 
 def test_help_is_quick_because_it_imports_no_torch():
-    code = "import sys; import pq_fx.cli as c; c._parser(); print('diffusers' in sys.modules)"
+    code = "import sys; import pq_fx.cli as c; c.parser(); print('diffusers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
