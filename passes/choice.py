@@ -54,6 +54,16 @@ class Settings:
     held_rows: int = 256
 
 
+# One for all linears, or each linear's own by weight name: formats may differ inside a region (rules,
+# a budget, channels that need a smaller group). Linears of one point share `activation`.
+OwnSettings = Settings | Mapping[str, Settings]
+
+
+def settings_of(settings: OwnSettings, name: str) -> Settings:
+    """The settings of the linear with this weight name."""
+    return settings if isinstance(settings, Settings) else settings[name]
+
+
 @dataclass
 class PointChoice:
     """What happens to a point's tensor before it is quantized.

@@ -26,7 +26,14 @@ from pq_fx.passes.candidates import (
     regroups,
     rotation_size,
 )
-from pq_fx.passes.choice import LinearError, PointChoice, RegionChoice, Settings
+from pq_fx.passes.choice import (
+    LinearError,
+    OwnSettings,
+    PointChoice,
+    RegionChoice,
+    Settings,
+    settings_of,
+)
 from pq_fx.passes.evaluate import GLOBAL_SCALE_ROOM, PointErrors, halves, second_moments
 from pq_fx.passes.observe import Moments
 from pq_fx.passes.refine import refine
@@ -64,14 +71,17 @@ def choose(
     region: Region,
     moments: Mapping[str, Moments],
     weights: Mapping[str, Tensor],
-    settings: Settings,
+    settings: OwnSettings,
 ) -> RegionChoice:
     """Choose fold, gathers and rotations of one region.
 
     `moments` are by point name; `weights` (float [N, K], by weight name) are the model's own, whose
-    device does the work. Deterministic. Raises CalibrationError when a point saw no rows, or some
-    that were not finite, or when a weight is not finite.
+    device does the work. `settings` may differ by linear in formats; what concerns the region as a
+    whole (alphas, tau, ...) is the first linear's. Deterministic. Raises CalibrationError when a
+    point saw no rows, or some that were not finite, or when a weight is not finite.
     """
+    every = {n: settings_of(settings, n) for p in region.points for n in p.linears}
+    first = every[region.points[0].linears[0]]
     errors: dict[str, PointErrors] = {}
     seconds: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     fitting: dict[str, Tensor] = {}
@@ -81,33 +91,31 @@ def choose(
         enough = enough and len(fit) > 0 and len(held) > 0
         seconds[point.name] = second_moments(point, fit, weights)
         fitting[point.name] = fit
-        fit, held = fit[: settings.fit_rows], held[: settings.held_rows]
+        fit, held = fit[: first.fit_rows], held[: first.held_rows]
         errors[point.name] = PointErrors(
             torch.cat([fit, held]),
             len(fit),
             {name: weights[name] for name in point.linears},
-            settings.weight,
-            None if point.one_row else settings.activation,
-            settings.weight_search,
-            settings.weight_part,
+            every,
+            one_row=point.one_row,
         )
-    settled = settings.rotations
+    settled = first.rotations
     kept = {p.name: _KEEP._replace(rotation=settled.get(p.name, 0)) for p in region.points}
     keep = _Plan(None, None, kept)
     if not enough:
         return _result(region, errors, keep, keep, "kept: too few rows to fit and to accept on")
-    best = _best(region, errors, seconds, settings)
-    best = best._replace(options=_clipped(region, errors, best, settings))
-    if settings.refine and settings.activation is not None:
-        best = _refined(region, errors, best, fitting, seconds, settings)
-        best = best._replace(options=_clipped(region, errors, best, settings))
+    best = _best(region, errors, seconds, first)
+    best = best._replace(options=_clipped(region, errors, best))
+    if first.refine:
+        best = _refined(region, errors, best, fitting, seconds, first)
+        best = best._replace(options=_clipped(region, errors, best))
     if not any(o.differs(kept[name]) for name, o in best.options.items()):
         return _result(region, errors, keep, keep, "kept: no candidate has less error")
     before, after = _held(errors, keep), _held(errors, best)
     gain = (before - after) / before if before > 0 else 0.0
-    if gain > settings.tau:
+    if gain > first.tau:
         return _result(region, errors, keep, best, f"accepted: held-out error {-gain:+.1%}")
-    reason = f"kept: gain {gain:.2%} on held-out rows is not above tau {settings.tau:.2%}"
+    reason = f"kept: gain {gain:.2%} on held-out rows is not above tau {first.tau:.2%}"
     return _result(region, errors, keep, keep, reason)
 
 
@@ -125,22 +133,22 @@ def _best(
     folds: list[tuple[np.ndarray | None, float | None]] = [(None, None)]
     if region.foldable:
         folds += [(fold_order(region, profile), alpha) for alpha, profile in profiles.items()]
-    groups = {settings.weight.group_size}
-    if settings.activation is not None:
-        groups.add(settings.activation.group_size)
-    gathers = {p.name: _gathers(p, errors, profiles, settings, groups) for p in region.points}
+    groups = {name: _groups(measure) for name, measure in errors.items()}
+    gathers = {p.name: _gathers(p, errors, profiles) for p in region.points}
     margin = settings.gather_margin
     best, least = None, float("inf")
     for fold, alpha in folds:
         orders = {p.name: column_order(region, p.name, fold) for p in region.points}
-        if fold is not None and not any(regroups(o, g) for o in orders.values() for g in groups):
+        if fold is not None and not any(
+            regroups(order, g) for name, order in orders.items() for g in groups[name]
+        ):
             continue  # the same channels share a scale as before
         options = {}
         for point in region.points:
             measure = errors[point.name]
             options[point.name] = _least(
                 measure,
-                [_Option(orders[point.name], r, False, alpha) for r in _rotations(point, settings)]
+                [_Option(orders[point.name], r, False, alpha) for r in _rotations(point, measure)]
                 + gathers[point.name],
                 margin,
             )
@@ -156,29 +164,28 @@ def _gathers(
     point: Point,
     errors: Mapping[str, PointErrors],
     profiles: Mapping[float, Mapping[str, np.ndarray]],
-    settings: Settings,
-    groups: set[int],
 ) -> list[_Option]:
     """The best gather of a point's tensor; none for a tensor that no kernel quantizes."""
     options: list[_Option] = []
-    if point.one_row or settings.activation is None:
+    measure = errors[point.name]
+    if measure.activation is None:
         return options
     for alpha, profile in profiles.items():
         order = gather_order(profile[point.name])
-        if any(regroups(order, g) for g in groups):
-            options += [_Option(order, r, True, alpha) for r in _rotations(point, settings)]
-    return [_least(errors[point.name], options)] if options else []
+        if any(regroups(order, g) for g in _groups(measure)):
+            options += [_Option(order, r, True, alpha) for r in _rotations(point, measure)]
+    return [_least(measure, options)] if options else []
 
 
-def _clipped(
-    region: Region, errors: Mapping[str, PointErrors], plan: _Plan, settings: Settings
-) -> dict[str, _Option]:
+def _clipped(region: Region, errors: Mapping[str, PointErrors], plan: _Plan) -> dict[str, _Option]:
     """The plan's options with each point's best clip ratio."""
     options = dict(plan.options)
     for point in region.points:
-        if settings.activation is not None and not point.one_row:
-            tried = [options[point.name]._replace(clip=ratio) for ratio in (1.0, *settings.clips)]
-            options[point.name] = _least(errors[point.name], tried)
+        measure = errors[point.name]
+        if measure.activation is not None:
+            clips = measure.settings[point.linears[0]].clips
+            tried = [options[point.name]._replace(clip=ratio) for ratio in (1.0, *clips)]
+            options[point.name] = _least(measure, tried)
     return options
 
 
@@ -192,10 +199,10 @@ def _refined(
 ) -> _Plan:
     """The plan with orders improved by swaps: by folding where one point owns the region, else by
     gathers, where they are better by the margin."""
-    assert settings.activation is not None
     options, fold = dict(plan.options), plan.fold
     for point in region.points:
-        if point.one_row:
+        activation = errors[point.name].activation
+        if activation is None:
             continue
         own = options[point.name]
         start = np.arange(point.channels) if own.order is None else own.order
@@ -210,7 +217,7 @@ def _refined(
                 torch.from_numpy(seconds[point.name][1]).to(fitting[point.name]),
                 start,
                 None if free else _homes(region.blocks[columns]),
-                settings.activation,
+                activation,
                 rotation=own.rotation,
                 clip=own.clip,
                 steps=settings.refine,
@@ -236,14 +243,21 @@ def _homes(blocks: np.ndarray) -> np.ndarray:
     return homes
 
 
-def _rotations(point: Point, settings: Settings) -> tuple[int, ...]:
-    if point.name in settings.rotations:
-        return (settings.rotations[point.name],)
-    if not settings.rotate or point.one_row or settings.activation is None:
+def _groups(measure: PointErrors) -> set[int]:
+    """Group sizes of a point's input and of its weights."""
+    formats = [own.weight for own in measure.settings.values()]
+    formats += [] if measure.activation is None else [measure.activation]
+    return {fmt.group_size for fmt in formats}
+
+
+def _rotations(point: Point, measure: PointErrors) -> tuple[int, ...]:
+    own = measure.settings[point.linears[0]]
+    if point.name in own.rotations:
+        return (own.rotations[point.name],)
+    if not own.rotate or measure.activation is None:
         return (0,)
-    groups = (settings.activation.group_size, settings.weight.group_size)
-    size = rotation_size(point.channels, groups)
-    return (0, size, size // 2) if settings.half_rotate and size > 2 else (0, size)
+    size = rotation_size(point.channels, tuple(sorted(_groups(measure))))
+    return (0, size, size // 2) if own.half_rotate and size > 2 else (0, size)
 
 
 def _least(measure: PointErrors, options: Sequence[_Option], margin: float = 0.0) -> _Option:

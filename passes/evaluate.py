@@ -8,7 +8,7 @@ part, what is reported and accepted on the second. One quantization of the weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.reference import fake_quantize, nvfp4_global_scale, permute_rotate
+from pq_fx.passes.choice import OwnSettings, settings_of
 from pq_fx.passes.observe import Moments
 from pq_fx.passes.regions import Point
 
@@ -42,9 +43,9 @@ class PointErrors:
     Args:
         rows: fp32 [n, K], the first `fitted` of which are for fitting.
         weights: name -> float [N, K], as they stand in the model; rows and weights on one device.
-        activation: format of X, or None: X stays as it is.
-        weight_search: ratios that are tried for every scale of the weights (`quantize`).
-        weight_part: amplitude of the weights' rounding errors that counts, 1 = all.
+        settings: formats and the search of the weights' scales; X is in the first linear's
+            `activation` format.
+        one_row: X stays as it is.
     """
 
     def __init__(
@@ -52,18 +53,17 @@ class PointErrors:
         rows: Tensor,
         fitted: int,
         weights: Mapping[str, Tensor],
-        weight_format: Format,
-        activation: Format | None,
-        weight_search: Sequence[float] = (),
-        weight_part: float = 1.0,
+        settings: OwnSettings,
+        *,
+        one_row: bool = False,
     ) -> None:
         self.rows = rows
         self.fitted = fitted
         self.weights = weights
-        self.weight_format = weight_format
-        self.activation = activation
-        self.weight_search = weight_search
-        self.weight_part = weight_part
+        self.settings = {name: settings_of(settings, name) for name in weights}
+        first = self.settings[next(iter(weights))]
+        self.activation = None if one_row else first.activation
+        self.weight_part = first.weight_part
         self._known: dict[tuple[bytes, int, float], Errors] = {}
 
     def __call__(self, order: np.ndarray | None, rotation: int, clip: float = 1.0) -> Errors:
@@ -97,16 +97,16 @@ class PointErrors:
         errors = Errors({}, {})
         with exact_matmul():
             for name, weight in self.weights.items():
-                lost, whole = self._sums(x, weight, perm, rotation)
+                lost, whole = self._sums(name, weight, x, perm, rotation)
                 parts = (lost / whole.where(whole > 0, torch.ones_like(whole))).tolist()
                 errors.fit[name], errors.held[name] = parts
         return errors
 
     def _sums(
-        self, x: Tensor, weight: Tensor, perm: Tensor | None, rotation: int
+        self, name: str, weight: Tensor, x: Tensor, perm: Tensor | None, rotation: int
     ) -> tuple[Tensor, Tensor]:
         """Squared norms of error and output, fp64 [2]: fitted rows, other rows."""
-        fmt = self.weight_format
+        fmt, search = self.settings[name].weight, self.settings[name].weight_search
         elements = _CPU_ELEMENTS if weight.device.type == "cpu" else _CUDA_ELEMENTS
         chunks = weight.split(max(1, elements // max(1, weight.shape[1])))
         scale = None
@@ -120,7 +120,7 @@ class PointErrors:
         for chunk in chunks:
             w = chunk.float()
             exact = permute_rotate(w, perm, rotation)
-            q = fake_quantize(exact, fmt, global_scale=scale, scale_search=self.weight_search)
+            q = fake_quantize(exact, fmt, global_scale=scale, scale_search=search)
             if self.weight_part != 1.0:
                 q = torch.lerp(exact.to(q), q, self.weight_part)
             y = self.rows @ w.T

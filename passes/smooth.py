@@ -11,12 +11,13 @@ produces the tensor where that commutes (passes/scales.py), else it is a multipl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pq_fx.passes.choose import Settings
+from pq_fx.passes.choice import OwnSettings, settings_of
 from pq_fx.passes.evaluate import Errors, PointErrors, halves
 from pq_fx.passes.observe import Moments
 from pq_fx.passes.regions import Point
@@ -38,7 +39,7 @@ def smooth_scale(
     point: Point,
     moments: Mapping[str, Moments],
     weights: Mapping[str, Tensor],
-    settings: Settings,
+    settings: OwnSettings,
     alphas: tuple[float, ...] = ALPHAS,
 ) -> Smoothing | None:
     """The scale with the least output error, or None where s = 1 has the least.
@@ -46,20 +47,25 @@ def smooth_scale(
     Fitted on one half of the sampled rows and accepted on the other. Raises CalibrationError as
     `choose` does.
     """
-    if settings.activation is None or point.one_row:
+    first = settings_of(settings, point.linears[0])
+    if first.activation is None or point.one_row:
         return None
     fit, held = halves(point, moments, weights)
     if len(fit) == 0 or len(held) == 0:
         return None
-    rows = torch.cat([fit[: settings.fit_rows], held[: settings.held_rows]])
-    fitted = min(len(fit), settings.fit_rows)
+    rows = torch.cat([fit[: first.fit_rows], held[: first.held_rows]])
+    fitted = min(len(fit), first.fit_rows)
+    plainly = {  # what a rounding with compensation will do to smoothed weights is not known here
+        name: replace(settings_of(settings, name), weight_search=(), weight_part=1.0)
+        for name in point.linears
+    }
     own = {name: weights[name].float() for name in point.linears}
     x = moments[point.name].amax.to(rows)
     w = torch.stack([v.abs().amax(dim=0) for v in own.values()]).amax(dim=0)
 
     def errors(s: Tensor) -> Errors:
         scaled = {name: v * s for name, v in own.items()}
-        return PointErrors(rows / s, fitted, scaled, settings.weight, settings.activation)(None, 0)
+        return PointErrors(rows / s, fitted, scaled, plainly)(None, 0)
 
     plain = errors(torch.ones_like(x))
     best, least, held_out = None, sum(plain.fit.values()), 0.0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -111,14 +110,4 @@ def apply_budget(
         sizes[name] = weights[name].numel()
     chosen = spread(sizes, errors, bits, budget)
     for name, layer in layers.items():
-        key = rungs[name][chosen[name]].key
-        own = layer.activation_format
-        layer.config = replace(
-            layer.config,
-            format=key,
-            group_size=None,
-            scale=None,
-            activation_format=None if own is None else own.key,
-            activation_group_size=None,
-            weight_only_format=key,
-        )
+        layer.weight_format = rungs[name][chosen[name]]

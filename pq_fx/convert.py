@@ -158,11 +158,13 @@ def _choose(
     smoothed: dict[str, Smoothed],
     rotations: Mapping[str, int] | None = None,
 ) -> RegionChoice:
-    first = layers[view.points[0].linears[0]]
-    settings = replace(_settings(first), rotations=rotations or {})
+    settled = rotations or {}
+    settings = {
+        n: replace(_settings(layers[n]), rotations=settled) for p in view.points for n in p.linears
+    }
     moments = _moments(statistics, view)
     own: dict[str, Smoothed] = {}
-    if first.config.recipe.smooth:
+    if layers[view.points[0].linears[0]].config.recipe.smooth:
         if rotations is None:
             smoothed.update(smooth_region(view, statistics.plan, moments, edits, settings))
         own = {p.name: smoothed[p.name] for p in view.points if p.name in smoothed}

@@ -18,22 +18,14 @@ from pq_fx.report import LayerReport
 
 @dataclass
 class Layer:
-    """A linear to be quantized, with its own settings."""
+    """A linear to be quantized: its own settings, and the formats of its weight and its input (None: 16 bits)."""
 
     fact: LinearFact
     config: QuantConfig
     module: nn.Linear
     one_row: bool
-
-    @property
-    def weight_format(self) -> Format:
-        """Format of its weight."""
-        return self.config.weight_only if self.one_row else self.config.weight
-
-    @property
-    def activation_format(self) -> Format | None:
-        """Format of its input; None: 16 bits."""
-        return None if self.one_row else self.config.activation
+    weight_format: Format
+    activation_format: Format | None
 
 
 def layers_to_quantize(
@@ -51,9 +43,15 @@ def layers_to_quantize(
                 fqn, fact.in_features, fact.out_features, skip_reason=decision.skip_reason
             )
         else:
-            assert isinstance(module, nn.Linear)
-            one_row = fact.treatment == "weight_only"
-            layers[fqn + ".weight"] = Layer(fact, decision.config, module, one_row)
+            assert isinstance(module, nn.Linear) and decision.weight is not None
+            layers[fqn + ".weight"] = Layer(
+                fact,
+                decision.config,
+                module,
+                fact.treatment == "weight_only",
+                decision.weight,
+                decision.activation,
+            )
     return layers, rows
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pq_fx.edits import Edits
-from pq_fx.passes.choose import RegionChoice, Settings
+from pq_fx.passes.choice import OwnSettings, RegionChoice
 from pq_fx.passes.observe import Moments
 from pq_fx.passes.regions import Point, Region
 from pq_fx.passes.smooth import Smoothing, smooth_scale
@@ -31,7 +31,7 @@ def smooth_region(
     plan: Plan,
     moments: Mapping[str, Moments],
     edits: Edits,
-    settings: Settings,
+    settings: OwnSettings,
 ) -> dict[str, Smoothed]:
     """Search each point's scale and enter it into `edits`; by point name, unsmoothed points left out."""
     done = {}

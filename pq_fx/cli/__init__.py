@@ -42,15 +42,16 @@ def _paragraph(error: Exception) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    """All commands and their options."""
+    made = argparse.ArgumentParser(
         prog="pq-fx",
         description="4-bit and 3-bit weights and activations for diffusion transformers.",
     )
-    parser.add_argument("--version", action="version", version=_version())
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    made.add_argument("--version", action="version", version=_version())
+    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.register(commands)
-    return parser
+    return made
 
 
 def _version() -> str:

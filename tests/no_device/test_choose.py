@@ -369,3 +369,23 @@ def test_regroups() -> None:
     assert not regroups(np.r_[4:8, 0:4], 4) and not regroups(np.arange(8), 0)
     assert regroups(np.array([0, 1, 2, 4, 3, 5, 6, 7]), 4)
     assert [rotation_size(192, g) for g in ((64, 16), (0, 64), (0, 0), (48, 0))] == [64, 64, 64, 16]
+
+
+def test_linears_of_one_region_are_measured_in_their_own_formats() -> None:
+    """Rules, a budget or odd channel counts give linears of one point other weight formats."""
+    x, w = planted(31, rows=301)
+    other = torch.from_numpy(rng(32).standard_normal((17, K))).float()
+    region, moments = one_point(linears=("w", "v")), moments_of(x)
+    weights = {"w": w, "v": other}
+    fine = get_format("int4", 16)
+    own = {"w": settings(), "v": Settings(weight=fine, activation=INT4, rotate=False)}
+    choice = choose(region, {"w": moments}, weights, own)
+    order = order_of(region, choice, "w")
+    held = moments.sample().double().numpy()[1::2][:256]
+    qx = int_quantize(held[:, order], 64, 7)
+    for name, group in (("w", 64), ("v", 16)):
+        weight = weights[name].double().numpy()
+        y = held @ weight.T
+        lost = y - qx @ int_quantize(weight[:, order], group, 7).T
+        wanted = (lost**2).sum() / (y**2).sum()
+        assert choice.errors[name].after == pytest.approx(wanted, rel=1e-3)

@@ -269,3 +269,42 @@ def test_calibration_compiles_once_for_equal_shapes(tiny_flux: Flux) -> None:
         for t in (0.1, 0.5, 0.9):
             model(**inputs | {"timestep": torch.full_like(inputs["timestep"], t)})
     assert quantizer.statistics().graphs == 1 and quantizer.statistics().calls == 3
+
+
+class Uneven(nn.Module):
+    """A gated MLP whose hidden width holds no whole groups of 64 (as SANA's 5600), and a modulation linear of 48."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.time = nn.Linear(8, 128), nn.Linear(48, 128)
+        self.norm = nn.LayerNorm(128)
+        self.up, self.gate, self.down = (
+            nn.Linear(128, 160),
+            nn.Linear(128, 160),
+            nn.Linear(160, 128),
+        )
+        self.out = nn.Linear(128, 4)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x)
+        n = self.norm(h) * (1 + self.time(torch.sin(t))[:, None])
+        h = h + self.down(self.up(n) * torch.nn.functional.silu(self.gate(n)))
+        return self.out(torch.nn.functional.layer_norm(h, (128,)))
+
+
+@pytest.mark.parametrize("method", ["permuquant-h", "best", "smoothquant"])
+def test_a_layer_that_groups_do_not_divide_takes_a_smaller_one(method: str) -> None:
+    torch.manual_seed(5)
+    model = Uneven().eval()
+    x, t = torch.randn(2, 33, 8), torch.randn(2, 48)
+    wanted = model(x, t)
+    foretold = {row.fqn: row.format for row in pq_fx.inspect(model, x, t).linears}
+    quantizer = pq_fx.prepare(model, pq_fx.QuantConfig("int4", method=method))
+    with quantizer.calibrate(), torch.no_grad():
+        model(x, t)
+    report = quantizer.convert()
+    taken = {row.fqn: row.format for row in report.layers}
+    assert taken["up"] == "int4:64:bf16" and taken["down"] == "int4:32:bf16"
+    assert taken == foretold
+    with torch.no_grad():
+        assert float((model(x, t) - wanted).norm() / wanted.norm()) < 0.2

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 from check_models import check
 
-# linear attention and convolutions, cross attention over text, a table written through `.data`, graph breaks, post-norm,
-# grouped queries, a plain module
+# linear attention and convolutions, cross attention over text, a table written through `.data`,
+# graph breaks, post-norm, grouped queries, a plain module
 KINDS = ("sana", "wan", "cogvideo", "lumina", "bert", "llama", "mlp")
 
 
