@@ -28,9 +28,10 @@ from torch import Tensor, nn
 import pq_fx
 from pq_fx.demo import load_model, load_prompts, psnr, sample, velocity
 from pq_fx.demo.sampling import noise
+from pq_fx.picture_distance import structural_distance
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from statistics_of_pictures import bootstrap, ratio_bootstrap, structural_distance
+from statistics_of_pictures import bootstrap, ratio_bootstrap
 
 TIMES = (0.95, 0.8, 0.5, 0.2, 0.05)
 # (weights, activations, group or None, methods), the most important first.

@@ -1,4 +1,4 @@
-"""Bootstrap intervals over pictures, and distances between pictures, for the fidelity benches."""
+"""Bootstrap intervals over pictures, for the fidelity benches."""
 
 from __future__ import annotations
 
@@ -30,21 +30,3 @@ def ratio_bootstrap(a: Tensor, b: Tensor, seed: int = 0) -> list[float]:
     spread = (b.double()[picks].mean(1) / a.double()[picks].mean(1) - 1).sort().values
     low, high = spread[int(0.025 * RESAMPLES)], spread[int(0.975 * RESAMPLES) - 1]
     return [round(float(v), 5) for v in (b.mean() / a.mean() - 1, low, high)]
-
-
-def structural_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 - SSIM over three scales (Wang et al. 2003, uniform 7x7 windows), fp64 [n]; pictures
-    [n, 3, H, W] in 0..1."""
-    a, b = a.double(), b.double()
-    mean = torch.nn.functional.avg_pool2d
-    scores = []
-    for _ in range(3):
-        ma, mb = mean(a, 7, 1), mean(b, 7, 1)
-        va, vb = mean(a * a, 7, 1) - ma * ma, mean(b * b, 7, 1) - mb * mb
-        cov = mean(a * b, 7, 1) - ma * mb
-        ssim = ((2 * ma * mb + 1e-4) * (2 * cov + 9e-4)) / (
-            (ma * ma + mb * mb + 1e-4) * (va + vb + 9e-4)
-        )
-        scores.append(ssim.flatten(1).mean(1))
-        a, b = mean(a, 2), mean(b, 2)
-    return 1.0 - torch.stack(scores).mean(0)

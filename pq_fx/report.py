@@ -142,7 +142,7 @@ class Report:
         if self.weight_bytes and self.float_weight_bytes:
             ratio = self.float_weight_bytes / self.weight_bytes
             parts.append(
-                f"weights {_size(self.float_weight_bytes)} -> {_size(self.weight_bytes)} "
+                f"weights {size_text(self.float_weight_bytes)} -> {size_text(self.weight_bytes)} "
                 f"({ratio:.2f}x smaller)"
             )
         return "; ".join(parts) + f"; {self.seconds:.1f} s"
@@ -275,7 +275,8 @@ def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.3e}"
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes for people: "5.95 GB"."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.2f} {unit}"

@@ -12,11 +12,11 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from pq_fx.cli import demo, inspect, quantize
+from pq_fx.cli import compare, demo, inspect, quantize, report
 from pq_fx.errors import PQError
 
 FORESEEN = (PQError, OSError)
-COMMANDS = (quantize, inspect, demo)  # in the order of --help
+COMMANDS = (quantize, report, compare, inspect, demo)  # in the order of --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,8 @@ from pq_fx.demo.model import (
 )
 from pq_fx.demo.plots import grid, layer_errors
 from pq_fx.demo.prompts import MissingTextEncoderError, Prompts, embed, encode, load_prompts
-from pq_fx.demo.sampling import noise, psnr, sample
+from pq_fx.demo.sampling import noise, sample
+from pq_fx.picture_distance import psnr
 
 __all__ = [
     "MissingTextEncoderError",

@@ -27,8 +27,9 @@ from pq_fx.config import QuantConfig
 from pq_fx.demo.model import load_model, velocity
 from pq_fx.demo.plots import grid, layer_errors
 from pq_fx.demo.prompts import embed, load_prompts
-from pq_fx.demo.sampling import noise, psnr, sample
+from pq_fx.demo.sampling import noise, sample
 from pq_fx.errors import ConfigError
+from pq_fx.picture_distance import psnr
 from pq_fx.quantizer import prepare
 from pq_fx.report import Report
 from pq_fx.statistics import Statistics

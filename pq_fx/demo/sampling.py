@@ -1,4 +1,4 @@
-"""Drawing pictures with the demo models: Euler steps of flow matching, and PSNR.
+"""Drawing pictures with the demo models: Euler steps of flow matching.
 
 Noise depends on the seed and the picture's number only, not on batch size, device or model, so
 two models that draw with one seed differ by their weights alone.
@@ -82,13 +82,3 @@ def _guided(
     both = velocity(model, torch.cat([x, x]), t, torch.cat([text, torch.zeros_like(text)]))
     with_text, without = both.chunk(2)
     return without + guidance * (with_text - without)
-
-
-def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of each picture: [n, ...] in 0..1 twice -> fp64 [n].
-
-    Equal pictures give infinity.
-    """
-    if a.shape != b.shape:
-        raise ConfigError(f"psnr needs two tensors of one shape, got {a.shape} and {b.shape}")
-    return -10 * (a.double() - b.double()).square().flatten(1).mean(1).log10()

@@ -189,10 +189,13 @@ def parse_arguments(pairs: list[str]) -> dict[str, Any]:
     return found
 
 
-def check_out(out: str | os.PathLike[str], overwrite: bool, source: Path) -> None:
-    """Refuse a folder that writing would damage: one that is there, the source, or one that holds other things.
+def check_out(
+    out: str | os.PathLike[str], overwrite: bool, source: Path, mark: str = INDEX_FILE
+) -> None:
+    """Raise PipelineError where writing a folder would damage something.
 
-    Raises PipelineError.
+    Refused are the source, a folder that is there without `overwrite`, and one that does not hold the file `mark`,
+    which shows that it was written by the same command.
     """
     path, read = Path(out).resolve(), source.resolve()
     if path == read or path in read.parents or read in path.parents:
@@ -208,9 +211,9 @@ def check_out(out: str | os.PathLike[str], overwrite: bool, source: Path) -> Non
         raise PipelineError(
             f"--out {path} is there already; give another, or --overwrite to replace it"
         )
-    if not (path / INDEX_FILE).is_file():
+    if not (path / mark).is_file():
         raise PipelineError(
-            f"--out {path} holds no pipeline ({INDEX_FILE}), so --overwrite would delete something else; "
+            f"--out {path} holds no {mark}, so --overwrite would delete something else; "
             "give another folder"
         )
 
@@ -225,7 +228,9 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def new_folder(out: str | os.PathLike[str], overwrite: bool, source: Path) -> Iterator[Path]:
+def new_folder(
+    out: str | os.PathLike[str], overwrite: bool, source: Path, mark: str = INDEX_FILE
+) -> Iterator[Path]:
     """A folder to fill that becomes `out` when it is whole; `check_out` is asked again first."""
-    with atomic_folder(out, lambda _: check_out(out, overwrite, source)) as folder:
+    with atomic_folder(out, lambda _: check_out(out, overwrite, source, mark)) as folder:
         yield folder
