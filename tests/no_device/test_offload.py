@@ -1,0 +1,120 @@
+"""Offload and device maps of whole pipelines, called as users call them but with the CPU as the accelerator.
+
+diffusers takes `device="cpu"` for the device to compute on, so its hooks execute: they take tensors away and bring them
+back. Nothing crosses to another device; tests/gpu/test_offload.py does that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import pipelines
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from pq_fx.errors import CheckpointError
+from pq_fx.modules import quantized_linears
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["flux", "sana"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A quantized pipeline's folder and its picture. SANA has 1x1 convolutions."""
+    folder = tmp_path_factory.mktemp(request.param)
+    pipelines.quantized(request.param).save_pretrained(folder)
+    return folder, pipelines.draw(pipelines.aligned(DiffusionPipeline.from_pretrained(folder)))
+
+
+@pytest.fixture
+def pipe(saved: Any) -> Any:
+    return pipelines.aligned(DiffusionPipeline.from_pretrained(saved[0]))
+
+
+@pytest.fixture
+def want(saved: Any) -> np.ndarray:
+    return saved[1]
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [p for linear in quantized_linears(model).values() for p in linear.parameters()]
+
+
+def test_model_cpu_offload(pipe: Any, want: np.ndarray) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert hasattr(pipe.transformer, "_hf_hook")
+    for _ in range(2):
+        assert np.array_equal(pipelines.draw(pipe), want)
+    pipe.remove_all_hooks()
+    assert np.array_equal(pipelines.draw(pipe), want)
+
+
+def test_sequential_cpu_offload(
+    pipe: Any, want: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # diffusers says "cpu:0", and a parameter that `.to("cpu:0")` copies from "cpu" is a parameter no more.
+    offload = accelerate.cpu_offload
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda m, _, **kwargs: offload(m, CPU, **kwargs))
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    assert weights(pipe.transformer)
+    for _ in range(2):
+        assert all(w.is_meta for w in weights(pipe.transformer))  # each comes for its own call only
+        assert np.array_equal(pipelines.draw(pipe), want)
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_group_offload(pipe: Any, want: np.ndarray, kind: str) -> None:
+    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    pipe.enable_group_offload(CPU, CPU, kind, exclude_modules=["vae"], **blocks)
+    if kind == "leaf_level":
+        leaves = quantized_linears(pipe.transformer).values()
+        assert all(hasattr(m, "_diffusers_hook") for m in leaves)
+    for _ in range(2):
+        assert np.array_equal(pipelines.draw(pipe), want)
+
+
+def test_a_pipeline_loads_onto_a_device(saved: Any, want: np.ndarray) -> None:
+    loaded = DiffusionPipeline.from_pretrained(saved[0], device_map="cpu")
+    assert np.array_equal(pipelines.draw(pipelines.aligned(loaded)), want)
+    loaded.to("cpu")
+    assert np.array_equal(pipelines.draw(loaded), want)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential", "cpu", {"": "cpu"}])
+def test_a_model_loads_by_a_device_map(
+    saved: Any, pipe: Any, want: np.ndarray, device_map: Any
+) -> None:
+    folder, kind = saved[0] / "transformer", type(pipe.transformer)
+    pipe.transformer = kind.from_pretrained(folder, device_map=device_map)
+    assert {str(d) for d in pipe.transformer.hf_device_map.values()} == {"cpu"}
+    assert np.array_equal(pipelines.draw(pipelines.aligned(pipe)), want)
+
+
+def test_a_map_by_parts_with_its_hooks(pipe: Any, want: np.ndarray) -> None:
+    """What accelerate does where parts are on several devices: hooks that move inputs to each part's device."""
+    parts = {name: "cpu" for name, _ in pipe.transformer.named_children()}
+    parts |= {name: "cpu" for name in pipe.transformer._parameters}
+    accelerate.dispatch_model(pipe.transformer, parts, main_device="cpu", force_hooks=True)
+    assert all(hasattr(part, "_hf_hook") for part in pipe.transformer.children())
+    assert np.array_equal(pipelines.draw(pipe), want)
+
+
+def test_a_map_that_ends_on_the_disk_is_refused(saved: Any, pipe: Any, tmp_path: Path) -> None:
+    """ "auto" says so only once the sizes are known."""
+    folder, kind = saved[0] / "transformer", type(pipe.transformer)
+    with pytest.raises(CheckpointError, match="disk.*casts.*enable_group_offload"):
+        kind.from_pretrained(
+            folder, device_map="auto", max_memory={"cpu": 30_000}, offload_folder=tmp_path
+        )
+
+
+def test_a_map_counts_packed_bytes(pipe: Any) -> None:
+    """`device_map="auto"` places parts by these sizes: of packed weights, not of the model's dtype."""
+    model = pipe.transformer
+    stored = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    assert accelerate.utils.compute_module_sizes(model)[""] == stored
