@@ -23,6 +23,7 @@ from pq_fx.passes.choose import RegionChoice
 from pq_fx.passes.regions import Point, Region
 
 Role = tuple[str, ...]
+_Kind = tuple[Role, int, tuple[str, str | None]]
 
 
 def role(names: Iterable[str]) -> Role:
@@ -31,20 +32,26 @@ def role(names: Iterable[str]) -> Role:
 
 
 def dissenting(
-    views: Iterable[Region], choices: Mapping[str, RegionChoice]
+    views: Iterable[Region],
+    choices: Mapping[str, RegionChoice],
+    formats: Mapping[str, tuple[str, str | None]],
 ) -> dict[str, dict[str, int]]:
     """Regions with a point whose rotation is not its role's, with the rotation that each point should have.
 
-    The rotation that most blocks chose wins; of equals the larger. Region name -> point name -> rotation.
+    The rotation that most blocks chose wins; of equals the larger. Region name -> point name -> rotation. `formats`
+    are of weights and activations, by point name: only points that are quantized alike vote together, and one in
+    16 bits has nothing to rotate.
     """
-    votes: dict[tuple[Role, int], Counter[int]] = {}
-    held: list[tuple[Region, Point]] = [(v, p) for v in views for p in v.points if not p.one_row]
+    votes: dict[_Kind, Counter[int]] = {}
+    held: list[tuple[Region, Point]] = [
+        (v, p) for v in views for p in v.points if not p.one_row and formats[p.name][1] is not None
+    ]
     for view, point in held:
-        ballot = votes.setdefault(_key(point), Counter())
+        ballot = votes.setdefault(_kind(point, formats), Counter())
         ballot[choices[view.name].points[point.name].rotation] += 1
     found: dict[str, dict[str, int]] = {}
     for view, point in held:
-        ballot = votes[_key(point)]
+        ballot = votes[_kind(point, formats)]
         found.setdefault(view.name, {})[point.name] = max(ballot, key=lambda r: (ballot[r], r))
     return {
         name: wanted
@@ -53,8 +60,8 @@ def dissenting(
     }
 
 
-def _key(point: Point) -> tuple[Role, int]:
-    return role(point.linears), point.channels
+def _kind(point: Point, formats: Mapping[str, tuple[str, str | None]]) -> _Kind:
+    return role(point.linears), point.channels, formats[point.name]
 
 
 def fill_absent(modules: Mapping[str, QuantLinear]) -> None:

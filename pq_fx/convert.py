@@ -75,7 +75,10 @@ def convert(
                 progress(done + 1, 2 * len(views))
         if config.alike_blocks:
             by_name = {view.name: view for view in views}
-            for name, rotations in dissenting(views, choices).items():
+            formats = {
+                p.name: _format_keys(layers[p.linears[0]]) for view in views for p in view.points
+            }
+            for name, rotations in dissenting(views, choices, formats).items():
                 choices[name] = _choose(
                     by_name[name], statistics, layers, edits, smoothed, rotations
                 )
@@ -122,6 +125,11 @@ def _spread_bits(
             own = sample.to(tensors[point.linears[0]].device, torch.float32)
             rows |= dict.fromkeys(point.linears, own)
     apply_budget(layers, rows, {name: tensors[name].detach() for name in layers}, budget)
+
+
+def _format_keys(layer: Layer) -> tuple[str, str | None]:
+    own = layer.activation_format
+    return layer.weight_format.key, None if own is None else own.key
 
 
 def _settings(layer: Layer) -> Settings:

@@ -370,3 +370,26 @@ def test_every_linear_is_a_quantlinear_or_in_the_report_with_a_reason() -> None:
             assert row is not None and row.quantized
         elif type(module) is nn.Linear:
             assert row is not None and row.skip_reason
+
+
+@pytest.mark.parametrize("own", [{"activation_format": None}, {"activation_format": "int8"}])
+def test_points_of_one_region_with_formats_of_their_own(own: dict[str, object]) -> None:
+    """Blocks share the residual stream, hence a region: a rotation of one is not for the other's 16-bit inputs."""
+    model = toy.toy()
+    want = model(toy.rows(0)).detach()
+    config = pq_fx.QuantConfig(
+        "int8",
+        activation_format="int4:16:bf16",
+        group_size=16,
+        method="permuquant-h",
+        calibration_rows=64,
+        rules={r"re:blocks\.1\..*": own},
+    )
+    report = toy.calibrated(model, config).convert()
+    rotations = {row.fqn: row.rotation for row in report.layers if row.quantized}
+    assert rotations["blocks.0.q"] == 16
+    if own["activation_format"] is None:
+        assert {r for n, r in rotations.items() if n.startswith("blocks.1.")} == {0}
+    with torch.no_grad():
+        got = model(toy.rows(0))
+    assert float((got - want).norm() / want.norm()) < 0.3  # 1.0 where weights alone were rotated
