@@ -280,17 +280,17 @@ def quantized(family: str, config: pq_fx.QuantConfig = CONFIG) -> Any:
     return pipe
 
 
-def flux_inputs(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Arguments of one call of the FLUX transformer: 4 x 4 latent tokens, 7 text tokens."""
+def flux_inputs(dtype: torch.dtype = torch.float32, text: int = 7) -> dict[str, torch.Tensor]:
+    """Arguments of one call of the FLUX transformer: 4 x 4 latent tokens, `text` text tokens."""
     generator = torch.Generator().manual_seed(3)
     tokens = torch.arange(16)
     made = {
         "hidden_states": torch.randn(1, 16, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 7, 32, generator=generator),
+        "encoder_hidden_states": torch.randn(1, text, 32, generator=generator),
         "pooled_projections": torch.randn(1, 32, generator=generator),
         "timestep": torch.tensor([0.5]),
         "img_ids": torch.stack([0 * tokens, tokens // 4, tokens % 4], 1).float(),
-        "txt_ids": torch.zeros(7, 3),
+        "txt_ids": torch.zeros(text, 3),
     }
     return {name: value.to(dtype) for name, value in made.items()}
 
