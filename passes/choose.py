@@ -267,7 +267,9 @@ def _least(measure: PointErrors, options: Sequence[_Option], margin: float = 0.0
 def _cost(measure: PointErrors, option: _Option, margin: float) -> float:
     """Error on the rows for fitting; a gather's counts for more, so that it must win clearly."""
     cost = sum(measure(option.order, option.rotation, option.clip).fit.values())
-    return cost / (1.0 - margin) if option.gather and margin < 1.0 else cost
+    if not option.gather:
+        return cost
+    return cost / (1.0 - margin) if margin < 1.0 else float("inf")
 
 
 def _held(errors: Mapping[str, PointErrors], plan: _Plan) -> float:

@@ -99,7 +99,7 @@ def save(
             "weights": write_weights(tensors, folder, stem(model), max_shard_size),
             **Plan.of_model(linears).to_dict(),
         }
-        config = _model_config(model) | {"quantization_config": quantization}
+        config = model_config(model) | {"quantization_config": quantization}
         text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
         if report is not None:
@@ -130,7 +130,11 @@ def load(
     plan = Plan.from_dict(config)
     report = read_report(folder)
     with linearized(inner, plan.pointwise_names()):
-        _fill(inner, plan, folder, config, device)
+        plan.check_model(inner)
+        tensors = dict(read_tensors(check_weights(folder, config.get("weights"))))
+        record = applied.from_tensors(tensors)
+        fill(inner, plan, {n: v for n, v in tensors.items() if not applied.is_record(n)}, device)
+        applied.note(inner, record)
     inner.eval()
     if report is not None:
         report.attach(inner)
@@ -138,17 +142,17 @@ def load(
     return model
 
 
-def _fill(
+def fill(
     inner: nn.Module,
     plan: Plan,
-    folder: Path,
-    config: Mapping[str, Any],
-    device: torch.device | str | None,
+    tensors: Mapping[str, Tensor],
+    device: torch.device | str | None = None,
 ) -> None:
+    """Put a plan's quantized linears, and the other tensors, into a float model whose convolutions are linearized.
+
+    Raises CheckpointError, the model being unchanged, where tensors and model do not fit the plan.
+    """
     plan.check_model(inner)
-    tensors = dict(read_tensors(check_weights(folder, config.get("weights"))))
-    record = applied.from_tensors(tensors)
-    tensors = {name: value for name, value in tensors.items() if not applied.is_record(name)}
     aliases = linear_aliases(inner, plan)
     stored = float_names(inner, aliases)
     state = state_of(inner)
@@ -165,7 +169,6 @@ def _fill(
 
     assign(inner, stored, placed)  # from here on nothing computes, so nothing can fail
     put_linears(inner, aliases, linears)
-    applied.note(inner, record)
 
 
 def read_config(folder: PathLike) -> dict[str, Any]:
@@ -227,7 +230,7 @@ def saved_config(folder: PathLike) -> QuantConfig | None:
 # The folder -------------------------------------------------------------------------------------
 
 
-def _model_config(model: nn.Module) -> dict[str, Any]:
+def model_config(model: nn.Module) -> dict[str, Any]:
     """A diffusers or transformers model's own configuration, for its class to read back."""
     to_json = getattr(model, "to_json_string", None)
     plain = json.loads(to_json()) if callable(to_json) and hasattr(model, "config") else {}

@@ -75,7 +75,7 @@ class QuantConfig:
         tau: a permutation is kept when it lowers the error on held-out rows by more than this
             fraction of the error without it; -1 keeps whatever was best on the rows for fitting.
         gather_margin: the same for a permutation that cannot be folded and has to be gathered on
-            chip: it must win by this fraction more.
+            chip: it must win by this fraction more; 1 allows none.
         alike_blocks: what plays one role in several blocks is rotated alike (the blocks vote), and
             has an order, a clip or a smoothing in all of them or in none, so that
             `compile_repeated_blocks` compiles a block once and not once for each mixture.

@@ -37,3 +37,7 @@ class LoraError(PQError, RuntimeError):
 
 class PipelineError(PQError, RuntimeError):
     """A pipeline cannot be loaded, drawn with as asked, or written where asked."""
+
+
+class InterchangeError(PQError, ValueError):
+    """A model does not fit another program's layout exactly; the message says which part and what to do."""

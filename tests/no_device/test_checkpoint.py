@@ -551,7 +551,7 @@ def test_a_foreign_model_is_not_replaced(tmp_path):
     save(quantized_toy(), tmp_path / "empty")
 
 
-@pytest.mark.parametrize("call", ["write_weights", "_model_config"])
+@pytest.mark.parametrize("call", ["write_weights", "model_config"])
 def test_an_error_while_saving_leaves_the_old_folder(saved, monkeypatch, call):
     _, folder = saved
     before = contents(folder)
