@@ -109,7 +109,7 @@ class Moments:
                 f"{name}: no activation was seen; run the model inside calibrate(), "
                 "or skip this layer by a rule"
             )
-        bad = int((~torch.isfinite(self.amax)).sum())
+        bad = int((~torch.isfinite(self.amax) | ~torch.isfinite(self.sum_squares)).sum())
         if bad:
             raise CalibrationError(
                 f"{name}: {bad} of {self.amax.numel()} channels held NaN or infinity during "
@@ -140,13 +140,28 @@ class Moments:
                 f"saved statistics lack {', '.join(missing)}; they are damaged or older"
             )
         moments = cls(**{name: state[name] for name in FIELDS})
-        held, channels = moments.rows.shape
-        if moments.keys.shape != (held,) or moments.sum_squares.shape != (channels,):
+        rows = moments.rows
+        if rows.dim() != 2 or not rows.is_floating_point():
             raise CalibrationError(
-                f"saved statistics do not fit each other: rows {[held, channels]}, keys "
-                f"{list(moments.keys.shape)}, sums {list(moments.sum_squares.shape)}; "
-                "calibrate again"
+                f"saved rows are {rows.dtype} {list(rows.shape)}; calibrate again"
             )
+        held, channels = rows.shape
+        expected = {
+            "count": (torch.int64, (1,)),
+            "calls": (torch.int64, (1,)),
+            "sum_squares": (torch.float64, (channels,)),
+            "amax": (torch.float32, (channels,)),
+            "keys": (torch.float64, (held,)),
+        }
+        for name, (dtype, shape) in expected.items():
+            value = state[name]
+            if value.dtype != dtype or tuple(value.shape) != shape:
+                raise CalibrationError(
+                    f"saved statistics do not fit each other: with rows {[held, channels]}, {name} is "
+                    f"{value.dtype} {list(value.shape)} and not {dtype} {list(shape)}; calibrate again"
+                )
+            if bool((value < 0).any()) or (name == "keys" and bool(value.isnan().any())):
+                raise CalibrationError(f"saved {name} holds what no call counts; calibrate again")
         return moments
 
 

@@ -7,7 +7,7 @@ model. The record is a table of small CPU tensors on the model; a checkpoint sto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -110,10 +110,24 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[Axis, AxisEdit]:
         if not is_record(key):
             continue
         kind, axis, name = [*key.removeprefix(PREFIX).split(".", 2), "", ""][:3]
-        if kind not in _KINDS or not axis.isdigit() or not name or not _good(kind, value):
+        if kind not in _KINDS or not axis.isdecimal() or not name or not _good(kind, value):
             raise CheckpointError(f"{key} is no order or factor of an axis: the file is damaged")
         found.setdefault((name, int(axis)), {})[kind] = value
     return {axis: AxisEdit(v.get("factor"), v.get("order")) for axis, v in found.items()}
+
+
+def check(applied: Applied, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise CheckpointError unless the record fits a float model whose tensors have these shapes."""
+    for (name, axis), edit in applied.items():
+        # Pointwise convolutions that stay in float were linears at conversion.
+        parent, _, leaf = name.rpartition(".")
+        shape = shapes.get(name) or shapes.get(f"{parent.removesuffix('.linear')}.{leaf}", ())
+        sizes = {len(value) for value in (edit.factor, edit.order) if value is not None}
+        if axis >= len(shape) or sizes != {shape[axis]}:
+            raise CheckpointError(
+                f"the record of folds has {max(sizes)} channels on axis {axis} of {name}, which the model has with "
+                f"shape {list(shape)}: the file is damaged or belongs to another model"
+            )
 
 
 def _good(kind: str, value: Tensor) -> bool:

@@ -7,7 +7,6 @@ loaded whole or left as it was.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from pq_fx import applied, integrations
+from pq_fx.checkpoint_config import (
+    CHECKSUM,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    REPORT_FILE,
+    PathLike,
+    checksum,
+    read_config,
+    read_report,
+    ties,
+)
 from pq_fx.checkpoint_files import (
     MAX_SHARD_SIZE,
     check_weights,
@@ -29,6 +40,7 @@ from pq_fx.checkpoint_model import (
     build_linears,
     check_nothing_missing,
     float_names,
+    float_shapes,
     linear_aliases,
     model_dtype,
     place,
@@ -39,18 +51,11 @@ from pq_fx.checkpoint_model import (
 )
 from pq_fx.checkpoint_plan import Plan
 from pq_fx.config import QuantConfig
-from pq_fx.errors import CheckpointError, PQError
+from pq_fx.errors import CheckpointError
 from pq_fx.modules import quantized_linears
 from pq_fx.pointwise import linearized
 from pq_fx.report import Report
-from pq_fx.storage import atomic_folder
-
-QUANT_METHOD = "permuquant"
-FORMAT_VERSION = 2
-CONFIG_FILE = "config.json"
-REPORT_FILE = "quantization_report.json"
-
-PathLike = str | os.PathLike[str]
+from pq_fx.storage import atomic_folder, sha256
 
 
 def save(
@@ -90,6 +95,8 @@ def save(
     report = Report.of_model(model) if report is None else report
     tensors = stored_tensors(model) | applied.to_tensors(applied.of_model(model))
     with atomic_folder(path, _only_a_checkpoint) as folder:
+        if report is not None:
+            (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
         quantization = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -97,13 +104,13 @@ def save(
             "dtype": str(model_dtype(model, tensors)).removeprefix("torch."),
             "tied": tied_names(model),
             "weights": write_weights(tensors, folder, stem(model), max_shard_size),
+            "report": None if report is None else sha256(folder / REPORT_FILE),
             **Plan.of_model(linears).to_dict(),
         }
         config = model_config(model) | {"quantization_config": quantization}
+        quantization[CHECKSUM] = checksum(config)
         text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-        if report is not None:
-            (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
 
 
 def load(
@@ -128,11 +135,13 @@ def load(
     folder = Path(path)
     config = read_config(folder)
     plan = Plan.from_dict(config)
-    report = read_report(folder)
+    ties(config)
+    report = read_report(folder, config)
     with linearized(inner, plan.pointwise_names()):
         plan.check_model(inner)
         tensors = dict(read_tensors(check_weights(folder, config.get("weights"))))
         record = applied.from_tensors(tensors)
+        applied.check(record, float_shapes(inner, plan))
         fill(inner, plan, {n: v for n, v in tensors.items() if not applied.is_record(n)}, device)
         applied.note(inner, record)
     inner.eval()
@@ -169,56 +178,6 @@ def fill(
 
     assign(inner, stored, placed)  # from here on nothing computes, so nothing can fail
     put_linears(inner, aliases, linears)
-
-
-def read_config(folder: PathLike) -> dict[str, Any]:
-    """The `quantization_config` of a saved model, its version checked.
-
-    Raises:
-        CheckpointError: no checkpoint, damaged, or of another version.
-    """
-    file = Path(folder) / CONFIG_FILE
-    try:
-        whole = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: not a saved model") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    config = whole.get("quantization_config") if isinstance(whole, dict) else None
-    if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD:
-        found = config.get("quant_method") if isinstance(config, dict) else None
-        raise CheckpointError(
-            f"{file} says quant_method {found!r}; expected {QUANT_METHOD!r}: pq_fx.save did not "
-            "write it"
-        )
-    check_version(config, file)
-    return config
-
-
-def check_version(config: Mapping[str, Any], file: PathLike) -> None:
-    """Raise CheckpointError unless a `quantization_config` is of the version that is read here."""
-    version = config.get("format_version")
-    if version == FORMAT_VERSION:
-        return
-    what_to_do = ""
-    if version == 1:
-        what_to_do = " Version 1 was never released: quantize the float model again and save it."
-    elif isinstance(version, int) and version > FORMAT_VERSION:
-        what_to_do = " Upgrade pq_fx."
-    raise CheckpointError(
-        f"{file} has format_version {version!r}; this release reads {FORMAT_VERSION}.{what_to_do}"
-    )
-
-
-def read_report(folder: Path) -> Report | None:
-    """The report that was saved beside a model; None if there is none."""
-    file = folder / REPORT_FILE
-    if not file.exists():
-        return None
-    try:
-        return Report.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, PQError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def saved_config(folder: PathLike) -> QuantConfig | None:

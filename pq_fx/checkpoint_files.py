@@ -103,6 +103,8 @@ def check_weights(folder: Path, recorded: Any) -> list[Path]:
         file = folder / name
         try:
             size = file.stat().st_size
+            if not file.is_file():
+                raise OSError("it is not a regular file")
             if size != row.get("bytes"):
                 raise CheckpointError(
                     f"{file} has {size} bytes; config.json expects {row.get('bytes')}: the file was "

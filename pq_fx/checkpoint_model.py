@@ -81,6 +81,15 @@ def float_names(model: nn.Module, aliases: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def float_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of the float model by name, also where `model` is quantized already."""
+    named = model.named_parameters, model.named_buffers
+    shapes = {n: tuple(t.shape) for f in named for n, t in f(remove_duplicate=False)}
+    for fqn, layer in plan.layers.items():
+        shapes[f"{fqn}.weight"] = layer.out_features, layer.in_features
+    return shapes
+
+
 def _inside(name: str, prefixes: Container[str]) -> bool:
     parts = name.split(".")
     return any(".".join(parts[:count]) in prefixes for count in range(1, len(parts)))

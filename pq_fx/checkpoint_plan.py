@@ -218,7 +218,9 @@ class Plan:
             if quantizer.global_scale:
                 result[f"{name}.global_scale"] = partial(_check_scale, kind="fp32")
             if quantizer.clip:
-                result[f"{name}.clip"] = _check_clip
+                result[f"{name}.clip"] = partial(_check_scale, kind="fp32")
+            if quantizer.smooth:
+                result[f"{name}.smooth"] = partial(_check_scale, kind="fp32")
         return result
 
 
@@ -242,9 +244,9 @@ def _entries(kind: type, plain: Any, what: str) -> dict[str, Any]:
     result = {}
     for name, row in plain.items():
         if not isinstance(row, dict) or not needed <= set(row) <= set(types):
+            found = f"the fields {sorted(row)}" if isinstance(row, dict) else f"{row!r:.80}"
             raise CheckpointError(
-                f"{what}[{name!r}] in config.json has the fields {sorted(row)}; "
-                f"expected {sorted(types)}"
+                f"{what}[{name!r}] in config.json has {found}; expected the fields {sorted(types)}"
             )
         for key, value in row.items():
             wanted = types[key]
@@ -263,15 +265,14 @@ def _check_format(name: str, key: str, channels: int) -> None:
 
 
 def _check_scale(name: str, value: Tensor, kind: str) -> None:
+    """Every scale is a finite number above 0: those of zero groups have a floor (kernels/reference.py)."""
     # e8m0 is a biased exponent byte, whose only value that is no number is 255 (OCP MX, 5.4.1).
-    finite = value.view(torch.uint8) != 255 if kind == "e8m0" else value.float().isfinite()
-    if not bool(finite.all()):
-        raise CheckpointError(f"{name} holds scales that are not finite: the file is damaged")
-
-
-def _check_clip(name: str, value: Tensor) -> None:
-    if not (bool(value.isfinite()) and float(value) > 0.0):
-        raise CheckpointError(f"{name} is {float(value)}; a clip ratio is a number above 0")
+    wide = value.float()
+    good = value.view(torch.uint8) != 255 if kind == "e8m0" else wide.isfinite() & (wide > 0)
+    if not bool(good.all()):
+        raise CheckpointError(
+            f"{name} holds values that are not finite or not above 0, as every scale is: the file is damaged"
+        )
 
 
 def _check_bijection(name: str, perm: Tensor) -> None:

@@ -178,6 +178,8 @@ class Report:
         Raises:
             ReportError: another version, or fields that are missing or unknown.
         """
+        if not isinstance(plain, Mapping):
+            raise ReportError(f"a report is a table; found {type(plain).__name__}")
         version = plain.get("report_version")
         if version != REPORT_VERSION:
             raise ReportError(f"report_version is {version!r}; this release reads {REPORT_VERSION}")

@@ -139,7 +139,7 @@ class Statistics:
             )
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise CalibrationError unless `model` has the parameters that the graphs know, of the same shapes."""
+        """Raise CalibrationError unless `model` has the parameters that graphs and plan know, of the same shapes."""
         tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
             model.named_buffers(remove_duplicate=False)
         )
@@ -152,6 +152,20 @@ class Statistics:
                         f"these statistics belong to another model: they know a parameter {name} of shape "
                         f"{list(shapes[placeholder])}, {type(model).__name__} {has}. Calibrate this model"
                     )
+
+        wanted = [
+            (a.param, a.axis, a.channels.size) for r in self.plan.regions.values() for a in r.axes
+        ]
+        for fact in self.plan.linears.values():
+            sizes = (fact.out_features, fact.in_features) if fact.treatment != "impossible" else ()
+            wanted += [(f"{fact.fqn}.weight", axis, size) for axis, size in enumerate(sizes)]
+        for name, axis, size in wanted:
+            shape = list(tensors[name].shape) if name in tensors else []
+            if axis >= len(shape) or shape[axis] != size:
+                raise CalibrationError(
+                    f"these statistics do not fit the model: they know {size} channels on axis {axis} of {name}, "
+                    f"whose shape in {type(model).__name__} is {shape}. Calibrate this model"
+                )
 
     def check_folds(self, perms: Mapping[str, np.ndarray]) -> None:
         """Walk every graph with `perms` (region name -> permutation) folded; GraphError where unlike channels meet."""

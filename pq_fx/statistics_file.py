@@ -2,17 +2,19 @@
 
     NAME/count, NAME/calls, NAME/sum_squares, NAME/amax, NAME/keys, NAME/rows     moments of point NAME (observe.py)
     @plan/0, @plan/1, ...                                                         integer arrays of the plan
-    header: {"pq_fx_statistics": JSON with "version", "calls", "seeds", "model", "note", "plan"}
+    header: {"pq_fx_statistics": JSON with "version", "calls", "seeds", "model", "note", "plan", "sha256"}
 
+The checksum covers the JSON (without it) and every tensor: a damaged sample would calibrate without an error.
 A file is written beside its place and renamed, so an interrupted save leaves the older file whole. Equal statistics
 give equal bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pq_fx import strict_json
 from pq_fx.errors import CalibrationError
 from pq_fx.passes.observe import FIELDS, Moments
 from pq_fx.passes.regions import FoldAxis, Point, Region
 from pq_fx.plan import GraphFacts, LinearFact, Plan
 from pq_fx.statistics import ModelId, Statistics
+from pq_fx.statistics_check import check_restored
 from pq_fx.storage import atomic_file
 
-VERSION = 1
-_HEADER = "pq_fx_statistics"
+VERSION = 2
+_WITHOUT_CHECKSUM = 1
+CHECKSUM = "sha256"
+HEADER = "pq_fx_statistics"
 _PLAN = "@plan/"
+# What reading back a description raises that `save_statistics` did not write.
+_DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError)
 
 
 def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> None:
@@ -51,8 +59,9 @@ def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> Non
     for name, moments in statistics.moments.items():
         for field, value in moments.state().items():
             tensors[f"{name}/{field}"] = value.detach().cpu().contiguous()
+    header[CHECKSUM] = checksum(header, tensors)
     with atomic_file(path) as fresh:
-        save_file(tensors, fresh, metadata={_HEADER: json.dumps(header, sort_keys=True)})
+        save_file(tensors, fresh, metadata={HEADER: json.dumps(header, sort_keys=True)})
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
@@ -63,32 +72,59 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     """
     file = Path(path)
     try:
+        if file.exists() and not file.is_file():
+            raise OSError("it is not a regular file")
         with safe_open(file, framework="pt") as opened:
-            text = (opened.metadata() or {}).get(_HEADER)
+            text = (opened.metadata() or {}).get(HEADER)
             if text is None:
                 raise CalibrationError(
-                    f"{file} holds no statistics of pq_fx; expected a file that save_statistics wrote"
+                    "it holds no statistics of pq_fx; expected a file that save_statistics wrote"
                 )
-            header = json.loads(text)
-            version = header.get("version") if isinstance(header, dict) else None
-            if version != VERSION:
-                raise CalibrationError(
-                    f"{file} holds statistics of version {version!r}; this release reads {VERSION}: calibrate again"
-                )
+            header = _header(text)
             # Copies: a mapped tensor is not aligned, and BLAS then sums in another order.
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        if header["version"] == VERSION and header[CHECKSUM] != checksum(header, tensors):
+            raise ValueError("its checksum is not the one that it names")
         arrays = [tensors[f"{_PLAN}{i}"].numpy() for i in range(header["arrays"])]
         found = restore(header, arrays)
         for name in header["points"]:
             state = {f: tensors[f"{name}/{f}"] for f in FIELDS if f"{name}/{f}" in tensors}
             found.moments[name] = Moments.from_state(state)
+        check_restored(found)
     except FileNotFoundError as error:
         raise CalibrationError(f"there is no file of statistics {file}") from error
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+    except CalibrationError as error:
+        raise CalibrationError(f"{file}: {error}") from error
+    except _DAMAGE as error:
         raise CalibrationError(
             f"{file} cannot be read as statistics ({type(error).__name__}: {error}): it is damaged; calibrate again"
         ) from error
     return found
+
+
+def _header(text: str) -> dict[str, Any]:
+    header = strict_json.parse(text)
+    if not isinstance(header, dict):
+        raise ValueError("its description is no table")
+    version, has_one = header.get("version"), CHECKSUM in header
+    # Both must agree, so that no single damaged byte turns the checksum off.
+    known = (VERSION, True), (_WITHOUT_CHECKSUM, False)
+    if type(version) is not int or (version, has_one) not in known:
+        raise CalibrationError(
+            f"it holds statistics of version {version!r} (checksum: {'yes' if has_one else 'no'}); this release "
+            f"reads {VERSION} (yes) and {_WITHOUT_CHECKSUM} (no): calibrate again"
+        )
+    return header
+
+
+def checksum(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of the description and of every tensor's name, type and bytes."""
+    plain = strict_json.digest({k: v for k, v in header.items() if k != CHECKSUM})
+    total = hashlib.sha256(plain.encode())
+    for name, value in sorted(tensors.items()):
+        total.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 # The description --------------------------------------------------------------------------------

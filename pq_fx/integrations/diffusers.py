@@ -16,7 +16,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from pq_fx import applied, checkpoint, checkpoint_model
+from pq_fx import applied, checkpoint_config, checkpoint_model
 from pq_fx.checkpoint_files import check_weights, read_tensors
 from pq_fx.checkpoint_plan import Plan, check_kind
 from pq_fx.config import QuantConfig
@@ -35,7 +35,7 @@ class _Method(str):
         return str(self)
 
 
-METHOD = _Method(checkpoint.QUANT_METHOD)
+METHOD = _Method(checkpoint_config.QUANT_METHOD)
 
 
 class PermuQuantConfig(QuantizationConfigMixin):
@@ -68,7 +68,7 @@ class PermuQuantConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: it is of another version of the layout.
         """
-        checkpoint.check_version(config_dict, checkpoint.CONFIG_FILE)
+        checkpoint_config.check_version(config_dict, checkpoint_config.CONFIG_FILE)
         made = cls(config_dict.get("config"))
         made._stored = dict(config_dict)
         return (made, kwargs) if return_unused_kwargs else made
@@ -138,23 +138,33 @@ class PermuQuantizer(DiffusersQuantizer):
             return torch_dtype
         stored = getattr(torch, str(self.quantization_config.stored.get("dtype")), None)
         if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
-            raise CheckpointError(f"{checkpoint.CONFIG_FILE} names no float dtype of the model")
+            raise CheckpointError(
+                f"{checkpoint_config.CONFIG_FILE} names no float dtype of the model"
+            )
         return stored
 
     def maybe_update_loaded_keys(
         self, loaded_keys: list[str], checkpoint_files: list[str]
     ) -> list[str]:
-        """Check sizes and checksums of the files before anything is made of them."""
+        """Check config.json and the weight files before anything is made of them."""
         folder = Path(checkpoint_files[0]).parent
-        files = check_weights(folder, self.quantization_config.stored.get("weights"))
+        config = checkpoint_config.read_config(folder)
+        files = check_weights(folder, config.get("weights"))
+        # diffusers goes by the index, which is not ours to trust: it may name files that were not checked.
+        if foreign := sorted({Path(f).name for f in checkpoint_files} - {f.name for f in files}):
+            raise CheckpointError(
+                f"{', '.join(foreign)} would be read, but config.json in {folder} does not list it: the index was "
+                "changed, or a variant was asked for that pq_fx did not save"
+            )
         self._record = applied.from_tensors(dict(read_tensors(files, applied.is_record)))
-        self._report = checkpoint.read_report(folder)
+        self._report = checkpoint_config.read_report(folder, config)
         return [key for key in loaded_keys if not applied.is_record(key)]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         plan = Plan.from_dict(self.quantization_config.stored)
         linearize(model, plan.pointwise_names())
         plan.check_model(model)
+        applied.check(self._record, checkpoint_model.float_shapes(model, plan))
         expected = self._expected = plan.expected()
         self._checks = plan.checks()
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -169,7 +179,7 @@ class PermuQuantizer(DiffusersQuantizer):
         stored = checkpoint_model.stored_names(model).items()
         self._ties = {name: first for name, first in stored if name != first}
         # On the meta device accelerate makes tied parameters two, so the checkpoint knows them.
-        self._ties |= self.quantization_config.stored.get("tied", {})
+        self._ties |= checkpoint_config.ties(self.quantization_config.stored)
 
     def update_missing_keys(
         self, model: nn.Module, missing_keys: list[str], prefix: str

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from pq_fx import applied, checkpoint, checkpoint_model, storage
+from pq_fx import applied, checkpoint, checkpoint_config, checkpoint_model, storage
 from pq_fx.checkpoint import load, save
 from pq_fx.config import QuantConfig
 from pq_fx.errors import CheckpointError
@@ -310,12 +310,31 @@ def test_the_record_of_folds_comes_back(tmp_path):
         ("factor.x.first.weight", torch.ones(WIDTH)),
         ("rotation.0.first.weight", torch.ones(WIDTH)),
         ("factor.0", torch.ones(WIDTH)),
+        ("factor.\u00b2.first.weight", torch.ones(WIDTH)),  # a digit to str.isdigit, not to int
     ],
 )
 def test_a_damaged_record(saved, name, value):
     _, folder = saved
     edit_tensors(folder, lambda tensors: tensors.update({applied.PREFIX + name: value}))
     refused(folder, "no order or factor of an axis")
+
+
+@pytest.mark.parametrize("name", ["0.nowhere.weight", "2.first.weight", "1.first.weight"])
+def test_a_record_of_another_model(saved, name):
+    _, folder = saved
+    edit_tensors(folder, lambda t: t.update({f"{applied.PREFIX}factor.{name}": torch.ones(WIDTH)}))
+    refused(folder, "record of folds has 64 channels on axis")
+
+
+def test_settings_of_the_older_version_have_no_checksum(saved):
+    model, folder = saved
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["format_version"] = 2
+    del config["quantization_config"]["sha256"], config["quantization_config"]["report"]
+    file.write_text(json.dumps(config))
+    x = torch.randn(2, 24)
+    assert torch.equal(load(folder, Toy())(x), model(x))
 
 
 # What must be refused, with the model untouched ---------------------------------------------------
@@ -335,14 +354,16 @@ def refused(folder: Path, says: str, model: nn.Module | None = None) -> None:
 
 
 def edit_config(folder: Path, change) -> None:
+    """Change the settings and their checksum with them: what is left are the checks of content."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     change(config["quantization_config"])
+    config["quantization_config"]["sha256"] = checkpoint_config.checksum(config)
     file.write_text(json.dumps(config))
 
 
 def edit_tensors(folder: Path, change) -> None:
-    """Change tensors in the file and its recorded checksum with them."""
+    """Change tensors in the file and the recorded checksums with them."""
     from safetensors.torch import load_file, save_file
 
     file = folder / WEIGHTS
@@ -384,14 +405,18 @@ def test_missing_files(saved, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c.update(format_version=3), "format_version 3; this release reads 2. Upgrade"),
+        (lambda c: c.update(format_version=4), "version 4; this release reads 2 and 3. Upgrade"),
+        (lambda c: c.update(format_version=2), "checksum does not belong to that version"),
+        (lambda c: c.update(format_version=True), "format_version True"),
         (lambda c: c.update(format_version=1), "Version 1 was never released: quantize"),
         (lambda c: c.update(format_version=None), "format_version None"),
         (lambda c: c.update(quant_method="bitsandbytes"), "bitsandbytes"),
         (lambda c: c.pop("layers"), "no table 'layers'"),
         (lambda c: c.update(layers={}), "lists no layers"),
         (lambda c: c["layers"]["q"].pop("bias"), r"layers\['q'\].*expected.*bias"),
+        (lambda c: c["layers"].update(q=5), r"layers\['q'\] in config.json has 5; expected the"),
         (lambda c: c["layers"]["q"].update(bias=1), "bias is 1; expected bool"),
+        (lambda c: c.update(tied=["a"]), "expected a table of names"),
         (lambda c: c["layers"]["q"].update(in_features=True), "in_features is True"),
         (lambda c: c["layers"]["q"].update(weight_format="int5:64:bf16"), "q: unknown format"),
         (lambda c: c["layers"]["q"].update(in_features=100), "not a multiple"),
@@ -425,10 +450,49 @@ def test_a_config_that_is_no_json(saved):
     refused(folder, "quant_method None")
 
 
-def test_a_damaged_report(saved):
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "[" * 100_000, '{"a": 1, "a": 2}', '{"a": NaN}', '{"a": 1e999}']
+)
+def test_a_damaged_report(saved, text):
     _, folder = saved
-    (folder / "quantization_report.json").write_text("{}")
+    file = folder / "quantization_report.json"
+    file.write_text(file.read_text() + " ")
+    refused(folder, "quantization_report.json does not have the checksum")
+    file.write_text(text)
+    edit_config(folder, lambda config: config.update(report=storage.sha256(file)))
     refused(folder, "quantization_report.json cannot be read")
+
+
+def test_a_changed_setting(saved):
+    """Each of these is a whole number or name that would load, and give other numbers."""
+    _, folder = saved
+    file = folder / "config.json"
+    text = file.read_text()
+    for old, new in (
+        ('"rotation": 16', '"rotation": 32'),
+        ('"_class_name": "Toy"', '"_class_name": "Top"'),
+        ('"format": "int4:64:bf16"', '"format": "int4:32:bf16"'),
+    ):
+        assert old in text
+        file.write_text(text.replace(old, new))
+        refused(folder, "does not have the checksum that it names")
+    file.write_text(json.dumps(json.loads(text) | {"_diffusers_version": "9.9"}))
+    load(folder, Toy())  # bookkeeping, and the layout of the text, may change
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_place_of_a_file(saved):
+    """Opening a FIFO would wait for ever."""
+    _, folder = saved
+    for name in ("quantization_report.json", "config.json", WEIGHTS):
+        kept = (folder / name).read_bytes()
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        if name == WEIGHTS:
+            edit_config(folder, lambda config: config["weights"][WEIGHTS].update(bytes=0))
+        refused(folder, "cannot be read: it is not a regular file")
+        (folder / name).unlink()
+        (folder / name).write_bytes(kept)
 
 
 def set_item(name, index, value):
@@ -446,6 +510,8 @@ def set_item(name, index, value):
         (lambda t: t["q.input_quantizer.perm"].copy_(torch.zeros(WIDTH)), "no permutation"),
         (set_item("q.weight_scale", 3, float("nan")), "q.weight_scale .*not finite"),
         (set_item("down.weight_scale", 0, float("-inf")), "not finite"),
+        (set_item("down.weight_scale", 0, 0.0), "not above 0"),
+        (set_item("q.weight_scale", 7, -0.5), "not above 0"),
         (lambda t: t.pop("norm.weight"), "lacks tensors of the model: norm.weight"),
         (lambda t: t.pop("q.bias"), "lacks.*q.bias"),
         (lambda t: t.update(odd=torch.zeros(1)), "unknown to the model: odd"),

@@ -27,7 +27,7 @@ from pipelines import flux_inputs as inputs
 from safetensors.torch import load_file, save_file
 
 import pq_fx
-from pq_fx import storage
+from pq_fx import checkpoint_config, storage
 from pq_fx.errors import CalibrationError, CheckpointError, ConfigError
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.pack import pack
@@ -258,13 +258,14 @@ def test_ties_and_buffers(tmp_path: Path) -> None:
     ("damage", "says"),
     [
         ("flip", "checksum"),
-        ("version", "format_version 1; this release reads 2. Version 1 was never released"),
+        ("version", "format_version 1; this release reads 2 and 3. Version 1 was never released"),
         ("layer", "of another architecture"),
         ("dtype", "names no float dtype"),
         ("weights", "does not describe its weight files"),
         ("perm", "no permutation"),
         ("scale", "not finite"),
         ("missing", "lacks tensors"),
+        ("heads", "does not have the checksum that it names"),
     ],
 )
 def test_damage_is_named(flux: Any, tmp_path: Path, damage: str, says: str) -> None:
@@ -284,6 +285,8 @@ def test_damage_is_named(flux: Any, tmp_path: Path, damage: str, says: str) -> N
         ours["dtype"] = "int8"
     elif damage == "weights":
         del ours["weights"]
+    elif damage == "heads":
+        config["axes_dims_rope"] = config["axes_dims_rope"][::-1]
     else:
         tensors = load_file(weights)
         perm = next((n for n in tensors if n.endswith(".perm")), None)
@@ -300,8 +303,25 @@ def test_damage_is_named(flux: Any, tmp_path: Path, damage: str, says: str) -> N
             "bytes": weights.stat().st_size,
             "sha256": storage.sha256(weights),
         }
+    if damage != "heads":  # what is left are the checks of content
+        ours["sha256"] = checkpoint_config.checksum(config)
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=says):
+        FluxTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_an_index_that_names_another_file(flux: Any, tmp_path: Path) -> None:
+    """diffusers reads what the index names; no checksum is known of that."""
+    flux.transformer.save_pretrained(tmp_path, max_shard_size="50KB")
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    plain = json.loads(index.read_text())
+    shard = next(iter(plain["weight_map"].values()))
+    other = "other.safetensors"
+    tensors = load_file(tmp_path / shard)
+    save_file({name: torch.zeros_like(value) for name, value in tensors.items()}, tmp_path / other)
+    plain["weight_map"] = {k: other if v == shard else v for k, v in plain["weight_map"].items()}
+    index.write_text(json.dumps(plain))
+    with pytest.raises(CheckpointError, match=r"other\.safetensors would be read"):
         FluxTransformer2DModel.from_pretrained(tmp_path)
 
 
