@@ -45,7 +45,7 @@ def calibrated(
     quantizer = pq_fx.prepare(model, config)
     with torch.no_grad(), quantizer.calibrate(progress=False):
         for i in range(calls):
-            model(**inputs(i))
+            model(**{n: v.to(model.device) for n, v in inputs(i).items()})
     return quantizer
 
 

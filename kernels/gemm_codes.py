@@ -18,7 +18,14 @@ from pq_fx.kernels.decode import check_packed
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.rounding import as_bytes
-from pq_fx.kernels.rows import INTERPRETED, on_device_of, require, scale_dtype, storage_bytes
+from pq_fx.kernels.rows import (
+    INTERPRETED,
+    MAX_BATCH,
+    on_device_of,
+    require,
+    scale_dtype,
+    storage_bytes,
+)
 
 
 @triton.jit
@@ -140,6 +147,9 @@ def dequantizing_gemm(
         a_scale = a_scale.contiguous()
     if out.numel() == 0:
         return out
+    few = count <= 16
+    blocks = triton.cdiv(count, 16 if few else 64)
+    require(blocks <= MAX_BATCH, f"{count} rows; a launch takes {MAX_BATCH * 64}: split the batch")
     if a.stride(-1) != 1:
         a = a.contiguous()
     groups = [f.group_size for f in (a_format, weight_format) if f is not None and f.group_size]
@@ -147,11 +157,8 @@ def dequantizing_gemm(
     dot = {torch.float16: tl.float16, torch.float32: tl.float32}.get(a.dtype, tl.bfloat16)
     if INTERPRETED:
         dot = tl.float32
-    few = count <= 16
     with on_device_of(a):
-        launch(_dequantizing_gemm_kernel)[
-            (triton.cdiv(columns, 32 if few else 64), triton.cdiv(count, 16 if few else 64))
-        ](
+        launch(_dequantizing_gemm_kernel)[(triton.cdiv(columns, 32 if few else 64), blocks)](
             a,
             None if a_scale is None else storage_bytes(a_scale),
             a_global,

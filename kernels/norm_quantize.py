@@ -26,6 +26,7 @@ from pq_fx.kernels.quantize_row import gather_row, quantize_rows_store
 from pq_fx.kernels.reference_ops import CARRIERS, NORMS, check_choice
 from pq_fx.kernels.rounding import as_bytes, round_row
 from pq_fx.kernels.rows import (
+    MAX_BATCH,
     Tile,
     as_rows,
     native_fp8,
@@ -288,7 +289,12 @@ def norm_quantize(
     scales = _modulation(mod_scale, x, "mod_scale")
     shifts = _modulation(mod_shift, x, "mod_shift")
     # A row of modulation serves all tokens of a batch entry; rows [B, K] are entries of one token.
-    rows = as_rows(x.unsqueeze(1) if x.dim() == 2 and scales.stride + shifts.stride else x, "x")
+    by_entry = scales.stride + shifts.stride > 0
+    require(
+        not by_entry or x.shape[0] <= MAX_BATCH,
+        f"{x.shape[0]} batch entries with a modulation each; a launch takes {MAX_BATCH}: split the batch",
+    )
+    rows = as_rows(x.unsqueeze(1) if x.dim() == 2 and by_entry else x, "x")
     tile = tile or row_tile(channels, fmt, rotation, x.dtype, perm is not None)
     with on_device_of(x):
         launch(_norm_quantize_kernel)[(triton.cdiv(rows.tokens, tile.rows), rows.batch)](

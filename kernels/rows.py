@@ -14,6 +14,8 @@ from pq_fx.errors import FormatError, PQError
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import recording
 
+# Entries of a CUDA grid's second axis.
+MAX_BATCH = 65535
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -61,14 +63,14 @@ class Rows:
 def as_rows(x: Tensor, name: str) -> Rows:
     """View [..., K] as [B, T, K] without a copy where two strides describe it, else copy it.
 
-    B is the first axis of tensors with three or more. Sliced and chunked tensors (q, k, v of one
-    projection, the halves of a GLU) need no copy.
+    B is the first axis of tensors with three or more, if a grid has room for it, else 1. Sliced
+    and chunked tensors (q, k, v of one projection, the halves of a GLU) need no copy.
     """
     require(x.dim() >= 1, f"{name} must have at least one axis, got a scalar")
     channels = x.shape[-1]
     if x.stride(-1) != 1 and channels > 1:
         x = x.contiguous()
-    if x.dim() <= 2:
+    if x.dim() <= 2 or x.shape[0] > MAX_BATCH:
         y = x.reshape(1, -1, channels)
     elif x.dim() == 3:
         y = x

@@ -8,6 +8,7 @@ by no more than one layer.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -20,7 +21,7 @@ from pq_fx.alike import dissenting, fill_absent
 from pq_fx.budget import apply_budget
 from pq_fx.config import QuantConfig
 from pq_fx.edits import Edits
-from pq_fx.errors import CalibrationError
+from pq_fx.errors import CalibrationError, DeviceMemoryError
 from pq_fx.packing import Draft, clips, pack_point, ratios
 from pq_fx.passes.choose import RegionChoice, Settings, choose
 from pq_fx.passes.fold import axis_index, fold_tensors
@@ -103,6 +104,20 @@ def convert(
         float_weight_bytes=float_bytes,
         calibration_calls=statistics.calls,
         device=str(device),
+    )
+
+
+def out_of_memory(model: nn.Module, error: torch.OutOfMemoryError) -> DeviceMemoryError:
+    """What to say when `convert` ran out of a GPU's memory, which happens before it changes the model."""
+    device = next((p.device for p in model.parameters() if p.is_cuda), None)
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    used = 0 if device is None else torch.cuda.memory_allocated(device)
+    weights = sum(t.nbytes for t in _tensors(model) if t.device == device)
+    return DeviceMemoryError(
+        f"{device} ran out of memory while converting: {used / 2**30:.2f} GiB were in use, {weights / 2**30:.2f} GiB "
+        f"of them the model's weights, when {asked[1] if asked else 'more'} beyond that was asked for. The model is "
+        "unchanged. Free that much on the device, or convert on the CPU: "
+        "model.to('cpu'); quantizer.convert(); model.to('cuda')"
     )
 
 
@@ -228,6 +243,12 @@ def _commit(model: nn.Module, edits: Edits, draft: Draft) -> None:
         device = edits.tensors.pop(f"{fqn}.weight").device
         edits.tensors.pop(f"{fqn}.bias", None)
         setattr(model.get_submodule(parent), child, None)
-        module.to(device)
+        try:
+            module.to(device)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"{device} ran out of memory when {fqn} was to take the place of its float weight, which something "
+                "besides the model holds. The model is half converted: load it again, and let go of the float weights"
+            ) from error
         setattr(model.get_submodule(parent), child, module.eval())
     applied.note(model, applied.from_edits(model, edits))

@@ -19,6 +19,10 @@ class UnsupportedDeviceError(PQError, RuntimeError):
     """A device cannot run the wanted formats; the message names the device and what to use."""
 
 
+class DeviceMemoryError(PQError, RuntimeError):
+    """A device ran out of memory; the message says how much was wanted. Nothing was changed."""
+
+
 class GraphError(PQError, RuntimeError):
     """A graph breaks a rule that the passes rely on; nothing was changed."""
 

@@ -15,7 +15,7 @@ from torch import nn
 from pq_fx import integrations
 from pq_fx.calibrate import Observer
 from pq_fx.config import QuantConfig
-from pq_fx.convert import convert
+from pq_fx.convert import convert, out_of_memory
 from pq_fx.distributed import all_reduce, own_seed
 from pq_fx.errors import CalibrationError, ConfigError
 from pq_fx.modules import quantized_linears
@@ -158,8 +158,8 @@ class Quantizer:
     def convert(self, progress: Callable[[int, int], None] | None = None) -> Report:
         """Choose, fold and pack; the model is quantized in place and the report says what was done to each layer.
 
-        Raises CalibrationError when calibration is missing, not finite, or of another model; the model is unchanged
-        then.
+        Raises CalibrationError when calibration is missing, not finite, or of another model, and DeviceMemoryError when
+        a GPU has too little memory beside the float model; the model is unchanged then.
         """
         if self._converted:
             raise CalibrationError("this model is converted already")
@@ -170,7 +170,10 @@ class Quantizer:
         # What is packed now must be usable outside inference mode, too.
         with torch.inference_mode(False), linearized(self.model):
             self._statistics.check_model(self.model)
-            report = convert(self.model, self._statistics, self.config, progress)
+            try:
+                report = convert(self.model, self._statistics, self.config, progress)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(self.model, error) from error
         report = replace(report, layers=(*report.layers, *self._not_seen()))
         self._converted = True
         self.model.quantization_report = report  # type: ignore[assignment]
