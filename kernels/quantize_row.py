@@ -233,12 +233,15 @@ def _groups(
     ROTATION: tl.constexpr,
     BY_DOT: tl.constexpr,
 ):
-    """Rotated groups fp32 [ROWS, G, g] of y [ROWS, LENGTH] and their largest magnitudes."""
+    """Rotated groups fp32 [ROWS, G, g] of y [ROWS, LENGTH] and their largest magnitudes; infinity gives NaN."""
     if ROTATION > 0:
         y = rotate(y, ROWS, LENGTH, ROTATION, BY_DOT)
     size: tl.constexpr = GROUP if GROUP > 0 else LENGTH
     groups = tl.reshape(y.to(tl.float32), [ROWS, LENGTH // size, size])
-    return groups, largest(groups, 2)
+    amax = largest(groups, 2)
+    return groups, amax + (
+        amax - amax
+    )  # an infinite group is NaN in every format, as in the reference
 
 
 @triton.jit

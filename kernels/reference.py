@@ -4,8 +4,9 @@ Any device; all arithmetic in fp32 from the input's dtype, every step a correctl
 in a stated order, so that a kernel can agree bit for bit. The functions are traceable (no data
 dependent Python, symbolic row counts): Inductor compiles them on a CPU as the ops' decompositions.
 
-NaN and Inf in a group of the input make that group NaN after dequantize (nvfp4 and mxfp4: as
-torchao); they are never hidden. Norms, activations and the linear ops are in `reference_ops`.
+A group that holds NaN or infinity is not finite in any element after dequantize, in every format
+(nvfp4 would else make its largest number of an infinity); so they reach the model's output, as in
+the float model. Norms, activations and the linear ops are in `reference_ops`.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def quantize(
         raise FormatError(f"{fmt.key} has no global scale; only nvfp4 has two-level scaling")
     groups = x.float().unflatten(-1, (fmt.groups(channels), fmt.group_size or channels))
     amax = groups.abs().amax(dim=-1, keepdim=True)
+    amax = torch.where(amax.isinf(), math.nan, amax)
     if clip is not None:
         amax = amax * clip.float()
     if len(scale_search) == 0:
