@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ from pq_fx.errors import CheckpointError
 from pq_fx.modules import quantized_linears
 from pq_fx.pointwise import linearized
 from pq_fx.report import Report
-from pq_fx.storage import atomic_folder, sha256
+from pq_fx.storage import atomic_folder, sha256, writing
 
 
 def save(
@@ -78,7 +79,7 @@ def save(
 
     Raises:
         CheckpointError: the model has no quantized linear or holds tensors without data, or `path`
-            holds something else.
+            holds something else, or it cannot be written (what was there before is unchanged then).
     """
     model = getattr(model, "_orig_mod", model)
     linears = quantized_linears(model)
@@ -94,7 +95,8 @@ def save(
         )
     report = Report.of_model(model) if report is None else report
     tensors = stored_tensors(model) | applied.to_tensors(applied.of_model(model))
-    with atomic_folder(path, _only_a_checkpoint) as folder:
+    size = partial(sum, (t.nbytes for t in tensors.values()))
+    with writing(path, CheckpointError, size), atomic_folder(path, _only_a_checkpoint) as folder:
         if report is not None:
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
         quantization = {

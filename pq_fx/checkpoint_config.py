@@ -6,6 +6,7 @@ patch size) decide its numbers as much as ours do.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,12 @@ def read_config(folder: PathLike) -> dict[str, Any]:
     try:
         whole = strict_json.read(file)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: not a saved model") from error
+        place = Path(folder).resolve()
+        old = sorted(place.parent.glob(f".{glob.escape(place.name)}.old-*"))
+        hint = f". A save was cut off; the older checkpoint is whole in {old[0]}" if old else ""
+        raise CheckpointError(
+            f"{folder} holds no {CONFIG_FILE}: not a saved model{hint}"
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     config = whole.get("quantization_config") if isinstance(whole, dict) else None
@@ -95,17 +101,18 @@ def ties(config: Mapping[str, Any]) -> dict[str, str]:
     return tied
 
 
-def read_report(folder: Path, config: Mapping[str, Any]) -> Report | None:
+def read_report(folder: Path, config: Mapping[str, Any] | None = None) -> Report | None:
     """The report that was saved beside a model; None if there is none.
 
-    `config` is the `quantization_config`, which knows the report's checksum.
+    `config` is the `quantization_config`, which knows the report's checksum; None: it is not compared.
     """
     file = folder / REPORT_FILE
     try:
         if not file.exists():
             return None
         plain = strict_json.read(file)
-        if config.get("format_version") != _WITHOUT_CHECKSUM and sha256(file) != config["report"]:
+        known = config is not None and config.get("format_version") != _WITHOUT_CHECKSUM
+        if config is not None and known and sha256(file) != config["report"]:
             raise CheckpointError(
                 f"{file} does not have the checksum that {CONFIG_FILE} expects: it was damaged or "
                 "changed. Copy it again, or delete it: the model loads without it."

@@ -79,7 +79,8 @@ class Quantizer:
 
         Raises:
             CalibrationError: no call was made, the model is converted already, or the statistics that it starts from
-                belong to another model or keep another number of rows.
+                belong to another model or keep another number of rows. At the end, where `autosave` cannot be written;
+                the statistics are kept, for `save_statistics` somewhere else or `convert`.
         """
         if self._converted:
             raise CalibrationError(
@@ -103,7 +104,7 @@ class Quantizer:
                         else type(error).__name__
                     )
                     log.info("%s after %d calls; what they gathered is kept", what, gathered.calls)
-                    session.save()
+                    session.try_to_save()
                 raise
             finally:
                 self.model._compiled_call_impl = before

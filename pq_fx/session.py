@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pq_fx.calibrate import Observer
+from pq_fx.errors import CalibrationError
 from pq_fx.passes import observe
 from pq_fx.progress import CalibrationProgress
 from pq_fx.statistics import ModelId, Statistics
@@ -92,7 +93,7 @@ class Session:
         self.calls += 1
         self._progress.called()
         if self._autosave is not None and time.monotonic() - self._saved >= self._every:
-            self.save()
+            self.try_to_save()
         return result
 
     def save_to(self, path: str | os.PathLike[str] | None, every: float) -> None:
@@ -103,6 +104,14 @@ class Session:
         """Save the statistics in the file of `save_to`, if there are any."""
         if self._autosave is not None and self.statistics.calls:
             save_statistics(self.statistics, self._autosave)
+            self._saved = time.monotonic()
+
+    def try_to_save(self) -> None:
+        """`save`, but a full disk costs no calibration: the log says so, and the statistics go on in memory."""
+        try:
+            self.save()
+        except CalibrationError as error:
+            log.warning("calibration goes on without its file: %s", error)
             self._saved = time.monotonic()
 
     def _attempt(self, before: Statistics, args: Any, kwargs: Any) -> tuple[Any, observe.Journal]:

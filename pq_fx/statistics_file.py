@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pq_fx.passes.regions import FoldAxis, Point, Region
 from pq_fx.plan import GraphFacts, LinearFact, Plan
 from pq_fx.statistics import ModelId, Statistics
 from pq_fx.statistics_check import check_restored
-from pq_fx.storage import atomic_file
+from pq_fx.storage import atomic_file, writing
 
 VERSION = 2
 _WITHOUT_CHECKSUM = 1
@@ -45,7 +46,7 @@ def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> Non
     """Write the file, in place of an older one.
 
     Raises:
-        CalibrationError: nothing was gathered.
+        CalibrationError: nothing was gathered, or the file cannot be written (an older one is unchanged then).
         GraphError: a region of the plan does not fold in one of its graphs.
     """
     if not statistics.calls:
@@ -60,7 +61,8 @@ def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> Non
         for field, value in moments.state().items():
             tensors[f"{name}/{field}"] = value.detach().cpu().contiguous()
     header[CHECKSUM] = checksum(header, tensors)
-    with atomic_file(path) as fresh:
+    size = partial(sum, (t.nbytes for t in tensors.values()))
+    with writing(path, CalibrationError, size), atomic_file(path) as fresh:
         save_file(tensors, fresh, metadata={HEADER: json.dumps(header, sort_keys=True)})
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import logging
 import os
 import shutil
 import uuid
@@ -10,7 +12,41 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pq_fx.errors import CheckpointError
+from safetensors import SafetensorError
+
+from pq_fx.errors import CheckpointError, PQError
+
+log = logging.getLogger("pq_fx")
+
+
+@contextmanager
+def writing(
+    target: str | os.PathLike[str], named: type[PQError], size: Callable[[], int]
+) -> Iterator[None]:
+    """Say by name what keeps `target` from being written (full, read-only), with the bytes it takes.
+
+    To be put around `atomic_folder` or `atomic_file`, which leave what was there before.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise named(
+            f"{target} cannot be written: {error}. It takes about {size()} bytes; "
+            f"{_free(Path(target))} are free there. What was there before is unchanged. "
+            "Free space, or save somewhere else"
+        ) from error
+
+
+def _free(path: Path) -> int:
+    there = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+    return shutil.disk_usage(there).free
+
+
+def _tell_of_leftovers(final: Path) -> None:
+    for left in sorted(final.parent.glob(f".{glob.escape(final.name)}.*-*")):
+        log.warning(
+            "%s was left by a save that was cut off; delete it if no other save is running", left
+        )
 
 
 @contextmanager
@@ -32,6 +68,7 @@ def atomic_folder(target: str | os.PathLike[str], check: Callable[[Path], None])
         if not final.is_dir():
             raise CheckpointError(f"{final} is a file; expected a folder or a name that is free")
         check(final)
+    _tell_of_leftovers(final)
     tag = uuid.uuid4().hex[:12]
     fresh = final.with_name(f".{final.name}.new-{tag}")
     fresh.mkdir()
@@ -77,6 +114,7 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a name beside `target` to write to; on success it becomes `target`, on an error it is removed."""
     final = Path(target).resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
+    _tell_of_leftovers(final)
     fresh = final.with_name(f".{final.name}.new-{uuid.uuid4().hex[:12]}")
     try:
         yield fresh
