@@ -5,14 +5,11 @@ Children are forked from a process that has imported everything, so a kill hits 
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import resource
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,12 +83,18 @@ def kill_calibrate(count: int, rng: random.Random, base: Path) -> dict[str, Any]
         torch._dynamo.reset()
         model = float_model()
         quantizer = pq_fx.prepare(model, CONFIG)
-        with torch.no_grad(), quantizer.calibrate(progress=False, autosave=base / "s", autosave_seconds=0):
+        with (
+            torch.no_grad(),
+            quantizer.calibrate(progress=False, autosave=base / "s", autosave_seconds=0),
+        ):
             for i in range(CALLS):
                 model(**inputs(i))
                 (base / "told").write_text(str(i + 1))
 
-    whole, tally = duration(work), {"tried": 0, "killed": 0, "wrong": 0, "lost": 0, "calls kept": []}
+    whole, tally = (
+        duration(work),
+        {"tried": 0, "killed": 0, "wrong": 0, "lost": 0, "calls kept": []},
+    )
     for number in range(count):
         for name in ("s", "told"):
             (base / name).unlink(missing_ok=True)
@@ -119,7 +122,9 @@ def kill_save(count: int, rng: random.Random, base: Path, *, convert: bool) -> d
     new = float_model()
     pq_fx.prepare(new, CONFIG, statistics=base / "s").convert()
     old = float_model()
-    pq_fx.prepare(old, pq_fx.QuantConfig("int4", group_size=32, method="rtn"), statistics=base / "s").convert()
+    pq_fx.prepare(
+        old, pq_fx.QuantConfig("int4", group_size=32, method="rtn"), statistics=base / "s"
+    ).convert()
     known = {"old": fingerprint(old), "new": fingerprint(new)}
     statistics = load_statistics(base / "s")
 
@@ -157,12 +162,14 @@ def kill_save(count: int, rng: random.Random, base: Path, *, convert: bool) -> d
 
 
 def full_disk(base: Path) -> Found:
-    """A tmpfs of 100 kB, or else a limit on the size of files: the older files whole, a named error, nothing left over."""
+    """A small tmpfs, or else a limit on the size of files: older files whole, a named error, nothing left over."""
     old, quantizer = float_model(), calibrated(float_model())
     pq_fx.prepare(old, CONFIG, statistics=quantizer.statistics()).convert()
     base.mkdir()
     mounted = not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=180k", "tmpfs", str(base)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=180k", "tmpfs", str(base)],
+        capture_output=True,
+        check=False,
     ).returncode
     found: Found = []
     try:
@@ -175,12 +182,17 @@ def full_disk(base: Path) -> Found:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
             _named(CheckpointError, "cannot be written.*bytes", lambda: pq_fx.save(old, base / "m"))
-            _named(CalibrationError, "cannot be written", lambda: quantizer.save_statistics(base / "s"))
+            _named(
+                CalibrationError, "cannot be written", lambda: quantizer.save_statistics(base / "s")
+            )
             model = float_model()
             other = pq_fx.prepare(model, CONFIG)
 
             def watch() -> None:
-                with torch.no_grad(), other.calibrate(progress=False, autosave=base / "s", autosave_seconds=0):
+                with (
+                    torch.no_grad(),
+                    other.calibrate(progress=False, autosave=base / "s", autosave_seconds=0),
+                ):
                     for i in range(2):
                         model(**inputs(i))
 
@@ -191,7 +203,9 @@ def full_disk(base: Path) -> Found:
         wrong = wait(fork(body)) != 0
         after = {f: f.read_bytes() for f in base.rglob("*") if f.is_file()}
         how = "tmpfs of 180 kB" if mounted else "RLIMIT_FSIZE"
-        found.append({"fault": f"disk full ({how})", "wrong": int(wrong), "lost": int(after != before)})
+        found.append(
+            {"fault": f"disk full ({how})", "wrong": int(wrong), "lost": int(after != before)}
+        )
     finally:
         if mounted:
             subprocess.run(["umount", str(base)], check=True)

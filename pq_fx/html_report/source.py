@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pq_fx.checkpoint import REPORT_FILE, read_report
+from pq_fx.checkpoint_config import REPORT_FILE, read_report
 from pq_fx.errors import CheckpointError
 from pq_fx.report import Report
 
