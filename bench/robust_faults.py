@@ -80,7 +80,7 @@ def kill_calibrate(count: int, rng: random.Random, base: Path) -> dict[str, Any]
         known[(base / "part").read_bytes()] = calls
 
     def work() -> None:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         model = float_model()
         quantizer = pq_fx.prepare(model, CONFIG)
         with (
