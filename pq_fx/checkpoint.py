@@ -193,9 +193,15 @@ def saved_config(folder: PathLike) -> QuantConfig | None:
 
 def model_config(model: nn.Module) -> dict[str, Any]:
     """A diffusers or transformers model's own configuration, for its class to read back."""
-    to_json = getattr(model, "to_json_string", None)
-    plain = json.loads(to_json()) if callable(to_json) and hasattr(model, "config") else {}
-    plain.setdefault("_class_name", type(model).__name__)
+    of_model, config = getattr(model, "to_json_string", None), getattr(model, "config", None)
+    of_config = getattr(config, "to_json_string", None)  # transformers' way
+    to_json = of_model if config is not None and callable(of_model) else of_config
+    plain = json.loads(to_json()) if callable(to_json) else {}
+    if to_json is not None and to_json is of_config:
+        plain["architectures"] = [type(model).__name__]
+        plain["dtype"] = str(getattr(model, "dtype", "")).removeprefix("torch.")
+    else:
+        plain.setdefault("_class_name", type(model).__name__)
     for local in ("_name_or_path", "quantization_config"):  # a machine's path; ours follows
         plain.pop(local, None)
     return plain

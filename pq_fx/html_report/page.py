@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -12,14 +10,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from pq_fx.comparison import Comparison
-from pq_fx.errors import PipelineError
 from pq_fx.html_report import charts
+from pq_fx.html_report.pictures import pictures
 from pq_fx.html_report.source import Subject
 from pq_fx.report import LayerReport, Report, size_text
 
-_LARGEST_IMAGE = (
-    768  # pixels of a side; larger pictures are scaled down, so that the page stays a page
-)
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -38,7 +33,7 @@ def page(subject: Subject, images: Path | None = None) -> str:
     title = f"{subject.model_class}, {_what(report)}"
     body = [*_head(subject), *_errors(report)]
     if comparison is not None and images is not None:
-        body += _pictures(comparison, images)
+        body += pictures(comparison, images)
     body += [*_table(report), *_skips(report), *_settings(report)]
     return "\n".join(
         [
@@ -256,47 +251,3 @@ def _settings(report: Report) -> Iterator[str]:
     plain = json.dumps(report.config.to_dict(), indent=2)
     yield "<h2>Settings</h2>"
     yield f"<details><summary>QuantConfig</summary><pre>{escape(plain)}</pre></details>"
-
-
-# Pictures ---------------------------------------------------------------------------------------
-
-
-def _pictures(comparison: Comparison, folder: Path) -> Iterator[str]:
-    names = escape(comparison.name_a), escape(comparison.name_b)
-    yield "<h2>Pictures from equal noise</h2>"
-    yield (
-        f'<p class="note">Left {names[0]}, right {names[1]}; only the model differs. Mean over '
-        f"{len(comparison.pairs)} pictures: PSNR {comparison.mean_psnr_db:.2f} dB, structural distance "
-        f"(1 &minus; multi-scale SSIM) {comparison.mean_structural_distance:.4f}.</p>"
-    )
-    yield '<div class="pictures">'
-    for pair in comparison.pairs:
-        (a, small), (b, _) = _embedded(folder / pair.a), _embedded(folder / pair.b)
-        yield (
-            f'<figure class="{"small" if small else ""}"><figcaption>{escape(pair.prompt)} <span class="note">seed '
-            f"{pair.seed} &middot; PSNR {pair.psnr_db:.2f} dB &middot; structural distance "
-            f"{pair.structural_distance:.4f}</span></figcaption>"
-        )
-        yield f'<div class="both"><div><img alt="{names[0]}" src="{a}"><span class="which">{names[0]}</span></div>'
-        yield f'<div><img alt="{names[1]}" src="{b}"><span class="which">{names[1]}</span></div></div></figure>'
-    yield "</div>"
-
-
-def _embedded(file: Path) -> tuple[str, bool]:
-    """A picture as a data: address, and whether it is so small that its pixels are shown as they are."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as opened:
-            picture = opened.convert("RGB")
-    except OSError as error:
-        raise PipelineError(f"the picture {file} cannot be read: {error}") from error
-    small, kind = max(picture.size) <= 256, "PNG"
-    if max(picture.size) > _LARGEST_IMAGE:
-        picture.thumbnail((_LARGEST_IMAGE, _LARGEST_IMAGE))
-    if not small:
-        kind = "JPEG"
-    memory = io.BytesIO()
-    picture.save(memory, kind, quality=92)
-    text = base64.b64encode(memory.getvalue()).decode()
-    return f"data:image/{kind.lower()};base64,{text}", small

@@ -16,6 +16,7 @@ from pq_fx.integrations.imports import when_imported
 def install() -> None:
     """Register with each library, now or as soon as somebody imports it."""
     when_imported("diffusers.quantizers.auto", _register_with_diffusers)
+    when_imported("transformers.quantizers.auto", _register_with_transformers)
     when_imported("diffusers.loaders.lora_pipeline", _tell_flux_of_shapes)
 
 
@@ -25,12 +26,22 @@ def adopt(model: nn.Module) -> None:
         from pq_fx.integrations import diffusers
 
         diffusers.adopt(model)
+    if "transformers.modeling_utils" in sys.modules:
+        from pq_fx.integrations import transformers
+
+        transformers.adopt(model)
 
 
 def _register_with_diffusers() -> None:
     from pq_fx.integrations import diffusers
 
     diffusers.register()
+
+
+def _register_with_transformers() -> None:
+    from pq_fx.integrations import transformers
+
+    transformers.register()
 
 
 def _tell_flux_of_shapes() -> None:
