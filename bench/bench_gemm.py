@@ -98,7 +98,7 @@ def few_rows(keys: list[str], sweep: bool) -> list[dict[str, object]]:
         x = torch.randn(1, k, device="cuda").bfloat16()
         for bn, bk, stages, warps in product((4, 8, 16, 32), (512, 1024), (1, 4), (1, 4)):
             sizes = {"block_n": bn, "block_k": bk, "stages": stages, "warps": warps}
-            calls = [partial(gemv, x, *weight, fmt, None, **sizes) for weight in weights]
+            calls = [partial(gemv, x, *weight, fmt, None, x.dtype, **sizes) for weight in weights]
             us = device_microseconds(calls)
             results.append({"format": key, **sizes, "us": us})
             print(f"gemv {key} block {bn}x{bk} stages {stages} warps {warps}: {us}", flush=True)

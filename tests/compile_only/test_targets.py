@@ -180,20 +180,29 @@ def test_dequantizing_gemm(chip: int) -> None:
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_gemv(chip: int) -> None:
+@pytest.mark.parametrize("key", ["int4:64:bf16", "nvfp4:16:e4m3", "int3:64:bf16"])
+def test_gemv(chip: int, key: str) -> None:
+    if not key.startswith("int4") and chip != 90:
+        pytest.skip("one chip is enough for the other elements")
+    fmt = Format.parse(key)
     constants = {
         "K": 3072,
         "HAS_GLOBAL": False,
         "HAS_BIAS": True,
-        "ELEMENT": "int4",
-        "SCALE": "bf16",
-        "GROUP": 64,
-        "BLOCK_N": 16,
-        "BLOCK_K": 512,
-        "STAGES": 1,
+        "ELEMENT": fmt.element,
+        "SCALE": fmt.scale,
+        "GROUP": fmt.group_size,
+        "DOT": triton.language.bfloat16,
+        "BLOCK_M": 8,
+        "BLOCK_N": 32,
+        "BLOCK_K": min(512, 16 * fmt.group_size),
+        "STAGES": 3,
     }
     types = {"weight_ptr": "*u8", "global_ptr": "*fp32"}
     kernel = kernels("gemv")._gemv_kernel
-    ptx = check_target(compile_kernel(kernel, chip, constants, types, num_warps=4), chip)
-    # 16 packed bytes a thread in one load.
-    assert re.search(r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg\.shared\.global", ptx)
+    compiled = compile_kernel(kernel, chip, constants, types, num_warps=4)
+    ptx = check_target(compiled, chip)
+    # 16 packed bytes a thread in one copy, and tensor cores.
+    assert "mma.sync" in ptx
+    if fmt.bits == 4:
+        assert re.search(r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg\.shared\.global", ptx)

@@ -1,0 +1,141 @@
+"""Device functions that turn packed codes into 16-bit floats by bit moves, four bytes at a time.
+
+Element values have at most 8 significant bits, so bf16 and fp16 hold them exactly. A 4-bit code
+costs 2.5 instructions: two codes are moved apart into the halves of a word, or-ed into the mantissa
+of 128 (fp16: 1024), and the constant is subtracted from both at once. e2m1's exponent is moved into
+that of a tiny float and scaled up exactly. Triton's interpreter has no inline assembly; there, and
+for int3 and 8 bits, the values of `codes.code_value` are converted.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pq_fx.kernels.codes import code_value
+from pq_fx.kernels.rows import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+def _assembly(magnitude: str, kind: str, factor: int, addend: int) -> str:
+    """PTX for four bytes $4: low nibbles to $0, $1 and high nibbles to $2, $3, two values a word.
+
+    magnitude: from a word `n` of nibbles (bits 0 to 3 of each half; garbage above) to the word `m`
+    of unsigned floats of `kind`, which are multiplied by `factor` and added to `addend` (words).
+    """
+    lines = [
+        ".reg .b32 a, b, m, s, n, f, c;",
+        f"mov.b32 f, {factor:#010x};",
+        f"mov.b32 c, {addend:#010x};",
+        "prmt.b32 a, $4, 0, 0x4140;",
+        "prmt.b32 b, $4, 0, 0x4342;",
+    ]
+    for out, word, shift, sign in (
+        ("$0", "a", 0, 12),
+        ("$1", "b", 0, 12),
+        ("$2", "a", 4, 8),
+        ("$3", "b", 4, 8),
+    ):
+        lines += [
+            f"shr.u32 n, {word}, {shift};",
+            magnitude,
+            f"fma.rn.{kind} m, m, f, c;",
+            f"shl.b32 s, {word}, {sign};",
+            f"lop3.b32 {out}, m, s, 0x80008000, 0x78;",  # m ^ (s & mask)
+        ]
+    return "{ " + " ".join(lines) + " }"
+
+
+# n & 7 | exponent of 128 (1024), as one LOP3 (0xEA: a & b | c), then minus 128 (1024).
+_INT4_BF16 = tl.constexpr(
+    _assembly("lop3.b32 m, n, 0x00070007, 0x43004300, 0xEA;", "bf16x2", 0x3F803F80, 0xC300C300)
+)
+_INT4_FP16 = tl.constexpr(
+    _assembly("lop3.b32 m, n, 0x00070007, 0x64006400, 0xEA;", "f16x2", 0x3C003C00, 0xE400E400)
+)
+# Exponent and mantissa of e2m1 read 2^-126 (2^-14) too small in place, the subnormal included.
+_E2M1_BF16 = tl.constexpr(
+    _assembly("and.b32 m, n, 0x00070007; shl.b32 m, m, 6;", "bf16x2", 0x7E807E80, 0x80008000)
+)
+_E2M1_FP16 = tl.constexpr(
+    _assembly("and.b32 m, n, 0x00070007; shl.b32 m, m, 9;", "f16x2", 0x74007400, 0x80008000)
+)
+
+
+@triton.jit
+def unpack_nibbles(packed, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
+    """Values of the low and of the high nibbles of `packed` (uint8), two tensors of DTYPE."""
+    if _INTERPRETED:
+        low = code_value(packed & 15, ELEMENT).to(DTYPE)
+        high = code_value(packed >> 4, ELEMENT).to(DTYPE)
+    elif DTYPE == tl.bfloat16:  # noqa: SIM300
+        low, high = tl.inline_asm_elementwise(
+            _INT4_BF16 if ELEMENT == "int4" else _E2M1_BF16,
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low, high = tl.inline_asm_elementwise(
+            _INT4_FP16 if ELEMENT == "int4" else _E2M1_FP16,
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    return low, high
+
+
+@triton.jit
+def load_values(
+    base,
+    first,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COUNT: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Element values [ROWS, COUNT] in DTYPE of channels first to first + COUNT of packed rows.
+
+    base: pointers [ROWS, 1] to the rows; zeros beyond CHANNELS. `first` is a multiple of COUNT.
+    """
+    if ELEMENT == "int4" or ELEMENT == "e2m1":
+        byte = first // 2 + tl.arange(0, COUNT // 2)[None, :]
+        packed = tl.load(base + byte, mask=byte < CHANNELS // 2, other=0)
+        low, high = unpack_nibbles(packed, ELEMENT, DTYPE)
+        return tl.reshape(tl.join(low, high), [ROWS, COUNT])
+    elif ELEMENT == "int3":
+        # Eight channels are 16 bits of magnitudes and 8 of signs; a row has an even number of bytes.
+        eight = first // 8 + tl.arange(0, COUNT // 8)[None, :]
+        mask = eight < CHANNELS // 8
+        words = base.to(tl.pointer_type(tl.int16), bitcast=True)
+        magnitude = tl.load(words + eight, mask=mask, other=0).to(tl.int32)
+        sign = tl.load(base + CHANNELS // 4 + eight, mask=mask, other=0).to(tl.int32)
+        # Joined so that the eight come out in order: the bits of their number, lowest last.
+        return tl.reshape(
+            tl.join(
+                tl.join(
+                    tl.join(_int3_value(magnitude, sign, 0), _int3_value(magnitude, sign, 4)),
+                    tl.join(_int3_value(magnitude, sign, 2), _int3_value(magnitude, sign, 6)),
+                ),
+                tl.join(
+                    tl.join(_int3_value(magnitude, sign, 1), _int3_value(magnitude, sign, 5)),
+                    tl.join(_int3_value(magnitude, sign, 3), _int3_value(magnitude, sign, 7)),
+                ),
+            ),
+            [ROWS, COUNT],
+        ).to(DTYPE)
+    else:
+        channel = first + tl.arange(0, COUNT)[None, :]
+        code = tl.load(base + channel, mask=channel < CHANNELS, other=0)
+        return code_value(code, ELEMENT).to(DTYPE)
+
+
+@triton.jit
+def _int3_value(magnitude, sign, i: tl.constexpr):
+    return code_value(((magnitude >> (2 * i)) & 3) | (((sign >> i) & 1) << 2), "int3")
