@@ -19,10 +19,11 @@ import torch.nn.functional as F
 import triton
 from timing import copy_bandwidth, device_microseconds, host_microseconds
 
-from pq_fx.kernels.decode import decode_e4m3
+from pq_fx.kernels.decode import Packed, decode_e4m3
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.gemm_fp8 import fp8_gemm, linear, scaled_gemm
+from pq_fx.kernels.gemm_fp8 import fp8_gemm, scaled_gemm
 from pq_fx.kernels.gemv import gemv, linear_weight_only
+from pq_fx.kernels.linear import linear
 from pq_fx.kernels.pack import pack
 from pq_fx.kernels.reference import nvfp4_global_scale, quantize
 
@@ -60,7 +61,10 @@ def many_rows(keys: list[str]) -> list[dict[str, object]]:
         for key in keys:
             fmt = Format.parse(key)
             weights = [packed_weight(fmt, n, k) for _ in range(4)]
-            decodes = [partial(decode_e4m3, *([w] for w in part), fmt, k) for part in weights]
+            decodes = [
+                partial(decode_e4m3, [Packed(*weight)], fmt, k, torch.bfloat16)
+                for weight in weights
+            ]
             row[f"decode {key}"] = device_microseconds(decodes)
             tail = (key, None, torch.bfloat16)
             calls = [

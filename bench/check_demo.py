@@ -55,9 +55,10 @@ def check(fmt: str, float_model: torch.nn.Module, statistics: Any, device: str) 
     prompts = load_prompts("demo").take(4)
     x, t = noise(4, 11), 0.6
     wanted = velocity(float_model, x, t, prompts.embeddings).double()
-    carrier = modules.devices.carrier(torch.device(device))
+    key = next(m.input_quantizer.format for m in theirs.values() if m.input_quantizer)
+    carrier = modules.devices.carrier(torch.device(device), key)
     original = modules.devices.carrier
-    modules.devices.carrier = lambda _: carrier  # the reference, in the GPU's carrier
+    modules.devices.carrier = lambda *_: carrier  # the reference, in the GPU's carrier
     try:
         reference = velocity(on_cpu, x, t, prompts.embeddings).double()
     finally:

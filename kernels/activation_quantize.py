@@ -10,28 +10,25 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pq_fx.kernels.carriers import check_carrier
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
-from pq_fx.kernels.quantize_row import gather_row, quantize_rows_store
-from pq_fx.kernels.reference_ops import ACTIVATIONS, CARRIERS, check_choice
+from pq_fx.kernels.quantize_row import quantize_rows_store
+from pq_fx.kernels.reference_ops import ACTIVATIONS, check_choice
+from pq_fx.kernels.rotate_row import gather_row
 from pq_fx.kernels.rounding import as_bytes, inverse_one_plus_exp2, round_row
-from pq_fx.kernels.rows import (
-    Tile,
-    as_rows,
-    check_perm,
-    check_rotation,
-    native_fp8,
-    on_device_of,
-    require,
-    scale_dtype,
-    storage_bytes,
-    tile_of,
+from pq_fx.kernels.row_arguments import (
+    as_carried,
+    check_quantize,
+    empty_outputs,
+    row_constants,
+    row_tile,
 )
+from pq_fx.kernels.rows import Tile, as_rows, native_fp8, on_device_of, require, storage_bytes
 
 # exp(-2u) = exp2(x * (LINE + CUBE * x^2)) of gelu's u = sqrt(2 / pi) * (x + 0.044715 * x^3).
 _GELU_LINE = tl.constexpr(-2.0 * math.sqrt(2.0 / math.pi) / math.log(2.0))
@@ -125,6 +122,7 @@ def _act_quantize_kernel(
     TOP: tl.constexpr,
     GAIN: tl.constexpr,
     CARRIER: tl.constexpr,
+    UNIT: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
     """x, gate [B, TOKENS, K - BEFORE], before [B, TOKENS, BEFORE], strided rows, K = CHANNELS.
@@ -192,85 +190,9 @@ def _act_quantize_kernel(
         TOP,
         GAIN,
         CARRIER,
+        UNIT,
         NATIVE_FP8,
     )
-
-
-def quantized_outputs(x: Tensor, channels: int, fmt: Format, carrier: str) -> tuple[Tensor, Tensor]:
-    """Empty (data, scale) of a quantize op: x's leading axes, K = `channels`, as the carrier has it."""
-    lead = x.shape[:-1]
-    if carrier == "e4m3":
-        return (
-            torch.empty((*lead, channels), dtype=torch.float8_e4m3fn, device=x.device),
-            torch.empty((*lead, 1), dtype=torch.float32, device=x.device),
-        )
-    return (
-        torch.empty((*lead, channels), dtype=torch.uint8, device=x.device),
-        torch.empty((*lead, fmt.groups(channels)), dtype=scale_dtype(fmt), device=x.device),
-    )
-
-
-def rotates_by_dot(rotation: int, dtype: torch.dtype) -> bool:
-    """Whether tensor cores rotate: rows of 16 bits, blocks that `tl.dot` takes."""
-    return dtype != torch.float32 and 16 <= rotation <= 128
-
-
-def row_tile(
-    channels: int, fmt: Format, rotation: int, dtype: torch.dtype, gathered: bool = False
-) -> Tile:
-    """How programs hold rows of `channels` (`rows.tile_of`) for a format and a rotation."""
-    by_dot = rotates_by_dot(rotation, dtype)
-    return tile_of(channels, max(fmt.group_size, rotation, 16), by_dot, gathered)
-
-
-def row_constants(
-    fmt: Format, tile: Tile, rotation: int, carrier: str, dtype: torch.dtype
-) -> dict[str, object]:
-    """The constexpr arguments of `quantize_rows_store` that a format and a tile determine."""
-    return {
-        "ROWS": tile.rows,
-        "HEAD": tile.head,
-        "TAIL": tile.tail,
-        "GROUP": fmt.group_size,
-        "ROTATION": rotation,
-        "BY_DOT": rotates_by_dot(rotation, dtype),
-        "ELEMENT": fmt.element,
-        "SCALE": fmt.scale,
-        "TOP": fmt.max_value,
-        "GAIN": float(fmt.operand_gain),
-        "CARRIER": carrier,
-    }
-
-
-def check_quantize(
-    x: Tensor,
-    channels: int,
-    perm: Tensor | None,
-    global_scale: Tensor | None,
-    clip: Tensor | None,
-    fmt: Format,
-    rotation: int,
-) -> None:
-    """Raise KernelError or FormatError unless rows of K = `channels` made of x can be quantized."""
-    fmt.check_channels(channels)
-    check_rotation(rotation, channels)
-    check_perm(perm, channels, x.device)
-    require(
-        x.dtype in (torch.float16, torch.bfloat16, torch.float32),
-        f"x must be float16, bfloat16 or float32, got {x.dtype}",
-    )
-    if global_scale is not None:
-        require(
-            fmt.two_level and global_scale.numel() == 1,
-            f"a global scale is one number and only for nvfp4; got shape "
-            f"{tuple(global_scale.shape)} for {fmt.key}",
-        )
-    if clip is not None:
-        require(
-            clip.dtype == torch.float32 and clip.numel() == 1 and clip.device == x.device,
-            f"clip must be one float32 number on {x.device}; got {clip.dtype} "
-            f"{tuple(clip.shape)} on {clip.device}",
-        )
 
 
 def act_quantize(
@@ -296,8 +218,8 @@ def act_quantize(
         FormatError: K does not fit the format or the rotation.
     """
     check_choice("act", act, ACTIVATIONS)
-    check_choice("carrier", carrier, CARRIERS)
     fmt = Format.parse(format)
+    check_carrier(carrier, fmt)
     first = 0 if before is None else before.shape[-1]
     channels = first + x.shape[-1]
     check_quantize(x, channels, perm, global_scale, clip, fmt, rotation)
@@ -313,9 +235,9 @@ def act_quantize(
             f"gate {tuple(gate.shape)} on {gate.device} must match "
             f"x {tuple(x.shape)} on {x.device}",
         )
-    data, scale = quantized_outputs(x, channels, fmt, carrier)
-    if data.numel() == 0:
-        return data, scale
+    stored, scale = empty_outputs(x, channels, fmt, carrier)
+    if stored.numel() == 0:
+        return as_carried(stored, carrier), scale
     rows = as_rows(x, "x")
     gates = rows if gate is None else as_rows(gate, "gate")
     firsts = rows if before is None else as_rows(before, "before")
@@ -328,7 +250,7 @@ def act_quantize(
             perm,
             global_scale,
             clip,
-            storage_bytes(data),
+            storage_bytes(stored),
             storage_bytes(scale),
             rows.tokens,
             rows.outer_stride,
@@ -349,7 +271,7 @@ def act_quantize(
             enable_fp_fusion=False,
             **row_constants(fmt, tile, rotation, carrier, x.dtype),
         )
-    return data, scale
+    return as_carried(stored, carrier), scale
 
 
 def quantize(

@@ -32,6 +32,21 @@ def code_value(code, ELEMENT: tl.constexpr):
 
 
 @triton.jit
+def code_lattice(code, ELEMENT: tl.constexpr):
+    """int8 lattice points of uint8 code points: integers, e2m1's values doubled (0 to 12)."""
+    if ELEMENT == "int8":
+        return code.to(tl.int8, bitcast=True)
+    else:
+        wide = code.to(tl.int32)
+        bits: tl.constexpr = 2 if ELEMENT == "int3" else 3
+        magnitude = wide & ((1 << bits) - 1)
+        if ELEMENT == "e2m1":  # exponent e, mantissa m: m where e is 0, else (2 + m) * 2^(e - 1)
+            exponent = tl.maximum(magnitude >> 1, 1) - 1
+            magnitude = tl.where(magnitude < 2, magnitude, (2 + (magnitude & 1)) << exponent)
+        return tl.where((wide >> bits) != 0, -magnitude, magnitude).to(tl.int8)
+
+
+@triton.jit
 def scale_value(stored, SCALE: tl.constexpr):
     """fp32 value of stored group scales: bf16, fp32, or bytes of e4m3 and e8m0."""
     if SCALE == "e4m3":

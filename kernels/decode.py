@@ -10,6 +10,7 @@ then runs at the full fp8 rate with scales outside its main loop. Packed layouts
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,6 +33,8 @@ from pq_fx.kernels.rows import (
 )
 
 _ROW_SCALE_FLOOR = tl.constexpr(ROW_SCALE_FLOOR)
+# Weights that one launch decodes.
+AT_ONCE = 4
 
 
 @triton.jit
@@ -49,13 +52,32 @@ def _decode_kernel(
     weight_ptr,
     scale_ptr,
     global_ptr,
+    bias_ptr,
+    weight_1_ptr,
+    scale_1_ptr,
+    global_1_ptr,
+    bias_1_ptr,
+    weight_2_ptr,
+    scale_2_ptr,
+    global_2_ptr,
+    bias_2_ptr,
+    weight_3_ptr,
+    scale_3_ptr,
+    global_3_ptr,
+    bias_3_ptr,
     out_ptr,
     row_ptr,
+    joint_ptr,
+    end,
+    end_1,
+    end_2,
     weight_stride,
     scale_stride,
     first_row,
+    COUNT: tl.constexpr,
     CHANNELS: tl.constexpr,
     HAS_GLOBAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     LENGTH: tl.constexpr,
     GROUP: tl.constexpr,
     ELEMENT: tl.constexpr,
@@ -64,17 +86,44 @@ def _decode_kernel(
     TO_FP8: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
-    """weight uint8 [N, K * bits / 8], scale [N, K / GROUP]; out [N, K]; row fp32 [N] (TO_FP8).
+    """COUNT weights uint8 [N_i, K * bits / 8] with scales [N_i, K / GROUP], one row a program.
 
-    out and row may be longer: the results begin at `first_row`.
+    out [N, K], N = sum N_i; row fp32 [N] (TO_FP8); joint [N] gets the biases [N_i] (HAS_BIAS). end_i
+    is where weight i's rows end. out, row and joint may be longer: results begin at `first_row`.
     """
-    row = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
+    row = program
+    if COUNT > 1 and program >= end:
+        row = program - end
+        weight_ptr, scale_ptr = weight_1_ptr, scale_1_ptr
+        if HAS_GLOBAL:
+            global_ptr = global_1_ptr
+        if HAS_BIAS:
+            bias_ptr = bias_1_ptr
+    if COUNT > 2 and program >= end_1:
+        row = program - end_1
+        weight_ptr, scale_ptr = weight_2_ptr, scale_2_ptr
+        if HAS_GLOBAL:
+            global_ptr = global_2_ptr
+        if HAS_BIAS:
+            bias_ptr = bias_2_ptr
+    if COUNT > 3 and program >= end_2:
+        row = program - end_2
+        weight_ptr, scale_ptr = weight_3_ptr, scale_3_ptr
+        if HAS_GLOBAL:
+            global_ptr = global_3_ptr
+        if HAS_BIAS:
+            bias_ptr = bias_3_ptr
+    row = row.to(tl.int64)
+    target = first_row + program.to(tl.int64)
     weight_ptr += row * weight_stride
     if TO_FP8:
         out_ptr = as_bytes(out_ptr)
     if SCALE == "e4m3":
         scale_ptr = as_bytes(scale_ptr)
-    out_ptr += (first_row + row) * CHANNELS
+    out_ptr += target * CHANNELS
+    if HAS_BIAS:
+        tl.store(joint_ptr + target, tl.load(bias_ptr + row).to(joint_ptr.dtype.element_ty))
     index = tl.arange(0, LENGTH // GROUP)
     present = index * GROUP < CHANNELS
     factor = scale_value(
@@ -88,7 +137,7 @@ def _decode_kernel(
         largest = float_of(tl.max(bits, axis=0)) * (1.0 / GAIN)
         largest = tl.where(largest == largest, tl.maximum(largest, _ROW_SCALE_FLOOR), largest)
         factor = tl.div_rn(factor, tl.zeros_like(factor) + largest)
-        tl.store(row_ptr + first_row + row, largest)
+        tl.store(row_ptr + target, largest)
     # Not a reshape of one range, and a constant row length: the compiler must see that neighbors
     # are contiguous and their masks equal, or it loads single bytes.
     offsets = index[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -132,69 +181,97 @@ def check_packed(
     )
 
 
+class Packed(NamedTuple):
+    """A packed weight: bytes uint8 [N, K * bits / 8], scales [N, K / g], global scale, bias [N]."""
+
+    weight: Tensor
+    scale: Tensor
+    global_scale: Tensor | None
+    bias: Tensor | None = None
+
+
 def _launch(
-    weight: Tensor,
-    scale: Tensor,
-    global_scale: Tensor | None,
+    parts: Sequence[Packed],
     fmt: Format,
     channels: int,
     out: Tensor,
     row: Tensor | None,
-    to_fp8: bool,
-    first_row: int = 0,
+    joint: Tensor | None,
+    first_row: int,
 ) -> None:
-    check_packed(weight, scale, global_scale, fmt, channels)
-    if weight.shape[0] == 0:
+    """Decode up to `AT_ONCE` weights into out (fp8 where `row` is given) from `first_row` on."""
+    ends: list[int] = []
+    arguments: list[Any] = []
+    for part in parts:
+        ends.append((ends[-1] if ends else 0) + part.weight.shape[0])
+        arguments += [part.weight.contiguous(), storage_bytes(part.scale.contiguous())]
+        arguments += [part.global_scale, part.bias if joint is not None else None]
+    if ends[-1] == 0:
         return
+    missing = AT_ONCE - len(parts)
     length = padded_length(channels)
-    with on_device_of(weight):
-        launch(_decode_kernel)[(weight.shape[0],)](
-            weight,
-            storage_bytes(scale),
-            global_scale,
+    with on_device_of(out):
+        launch(_decode_kernel)[(ends[-1],)](
+            *arguments,
+            *[None] * (4 * missing),
             storage_bytes(out),
             row,
-            weight.stride(0),
-            scale.stride(0),
+            joint,
+            *(ends + [0] * missing)[: AT_ONCE - 1],
+            arguments[0].stride(0),
+            arguments[1].stride(0),
             first_row,
+            COUNT=len(parts),
             CHANNELS=channels,
-            HAS_GLOBAL=global_scale is not None,
+            HAS_GLOBAL=parts[0].global_scale is not None,
+            HAS_BIAS=joint is not None,
             LENGTH=length,
             GROUP=fmt.group_size or length,
             ELEMENT=fmt.element,
             SCALE=fmt.scale,
             GAIN=float(fmt.operand_gain),
-            TO_FP8=to_fp8,
-            NATIVE_FP8=native_fp8(weight.device),
+            TO_FP8=row is not None,
+            NATIVE_FP8=native_fp8(out.device),
             num_warps=min(max(length // 4096, 1), 8),
             enable_fp_fusion=False,
         )
 
 
 def decode_e4m3(
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    global_scales: Sequence[Tensor | None],
-    fmt: Format,
-    channels: int,
-) -> tuple[Tensor, Tensor]:
-    """Packed weights [N_i, K * bits / 8] to one operand: float8_e4m3fn [sum N_i, K], fp32 rows [.., 1].
+    parts: Sequence[Packed], fmt: Format, channels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Packed weights to one operand: float8_e4m3fn [N, K], fp32 rows [N, 1], bias [N] in `dtype`.
 
-    Linears that share their input are decoded side by side and run as one GEMM. The result lives in
-    the caching allocator's memory for one GEMM: the same block serves every layer of a stream, also
-    inside a CUDA graph, so the scratch costs one layer's fp8 weights in all.
+    Linears that share their input are decoded side by side by one launch, their biases joined, and run
+    as one GEMM; N = sum N_i. The result lives in the caching allocator's memory for one GEMM: the same
+    block serves every layer of a stream, also inside a CUDA graph, so the scratch costs one layer's
+    fp8 weights in all.
 
     Raises:
-        KernelError, FormatError: weights, scales and format do not fit together.
+        KernelError, FormatError: weights, scales, biases and format do not fit together.
     """
-    count, device = sum(w.shape[0] for w in weights), weights[0].device
+    for key in ("bias", "global_scale"):
+        present = sum(getattr(part, key) is not None for part in parts)
+        require(
+            present in (0, len(parts)),
+            f"joined linears have a {key.replace('_', ' ')} each, or none of them has",
+        )
+    for part in parts:
+        check_packed(part.weight, part.scale, part.global_scale, fmt, channels)
+    count, device = sum(part.weight.shape[0] for part in parts), parts[0].weight.device
     out = torch.empty((count, channels), dtype=torch.float8_e4m3fn, device=device)
     row = torch.empty((count, 1), dtype=torch.float32, device=device)
+    bias, joint = parts[0].bias, None
+    if bias is not None:
+        if len(parts) > 1:
+            joint = torch.empty(count, dtype=dtype, device=device)
+        bias = bias.to(dtype) if joint is None else joint
     first = 0
-    for weight, scale, global_scale in zip(weights, scales, global_scales, strict=True):
-        _launch(weight, scale, global_scale, fmt, channels, out, row, True, first)
-        first += weight.shape[0]
-    return out, row
+    for i in range(0, len(parts), AT_ONCE):
+        some = parts[i : i + AT_ONCE]
+        _launch(some, fmt, channels, out, row, joint, first)
+        first += sum(part.weight.shape[0] for part in some)
+    return out, row, bias
 
 
 def decode_float(
@@ -206,6 +283,7 @@ def decode_float(
     dtype: torch.dtype,
 ) -> Tensor:
     """Packed weight to its dequantized values [N, K], fp32 products rounded to `dtype`."""
+    check_packed(weight, scale, global_scale, fmt, channels)
     out = torch.empty((weight.shape[0], channels), dtype=dtype, device=weight.device)
-    _launch(weight, scale, global_scale, fmt, channels, out, None, False)
+    _launch([Packed(weight, scale, global_scale)], fmt, channels, out, None, None, 0)
     return out

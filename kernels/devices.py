@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from pq_fx.errors import UnsupportedDeviceError
+from pq_fx.kernels.carriers import carries
 from pq_fx.kernels.formats import Format
 
 
@@ -19,7 +20,7 @@ class Execution:
 
     Attributes:
         device: "cpu" or the compute capability, e.g. "sm_90".
-        carrier: "codes" or "e4m3" for quantized activations, None for weights only.
+        carrier: form of quantized activations (`pq_fx.kernels.carriers`), None for weights only.
         path: what computes, in words.
         on_hardware: whether this path was run on that hardware; False = compiled or reasoned only.
     """
@@ -32,26 +33,27 @@ class Execution:
 
 @dataclass(frozen=True)
 class _Row:
-    carrier: str
-    path: str
+    carriers: tuple[str, ...]  # the first that holds the activations' format is taken
     on_hardware: bool
 
 
-_FP8 = "Triton, fp8 tensor cores, group scales inside the e4m3 operands"
-_CODES = "Triton, code points decoded to 16 bits, 16-bit tensor cores"
+_PATHS = {
+    "e4m3": "Triton decode and cuBLAS, fp8 tensor cores, group scales inside the e4m3 operands",
+    "e2m1": "Triton, block-scaled 4-bit tensor cores (other weights: decoded, 16-bit tensor cores)",
+    "int8": "Triton, lattice points as int8, int8 tensor cores",
+    "codes": "Triton, code points decoded to 16 bits, 16-bit tensor cores",
+}
 TABLE: dict[str, _Row] = {
-    "cpu": _Row("codes", "plain-PyTorch reference, compiled by Inductor", True),
-    "sm_80": _Row("codes", _CODES, False),
-    "sm_86": _Row("codes", _CODES, False),
-    "sm_89": _Row("e4m3", _FP8, False),
-    "sm_90": _Row("e4m3", _FP8, True),
-    "sm_100": _Row("codes", _CODES, False),
-    "sm_120": _Row("codes", _CODES, False),
+    "cpu": _Row(("codes",), True),
+    "sm_80": _Row(("int8", "codes"), False),
+    "sm_86": _Row(("int8", "codes"), False),
+    "sm_89": _Row(("e4m3",), False),
+    "sm_90": _Row(("e4m3",), True),
+    "sm_100": _Row(("e2m1", "codes"), False),
+    "sm_120": _Row(("e2m1", "codes"), False),
 }
-_WEIGHTS_ONLY = {
-    "cpu": "plain-PyTorch reference, compiled by Inductor",
-    "cuda": "Triton, packed weights decoded in the kernel, 16-bit activations",
-}
+_CPU = "plain-PyTorch reference, compiled by Inductor"
+_WEIGHTS_ONLY = "Triton, packed weights decoded in the kernel, 16-bit activations"
 
 
 def execution(
@@ -82,15 +84,21 @@ def execution(
             "Move the model to one of them, e.g. model.to('cpu'), or leave it in float"
         )
     if activation_fmt is None:
-        return Execution(name, None, _WEIGHTS_ONLY[device.type], row.on_hardware)
-    if row.carrier == "e4m3":
+        return Execution(name, None, _CPU if name == "cpu" else _WEIGHTS_ONLY, row.on_hardware)
+    if row.carriers[0] == "e4m3":
         for what, fmt in (("weights", weight_fmt), ("activations", activation_fmt)):
             if fmt.element == "int8":
                 raise UnsupportedDeviceError(
                     f"{device} ({name}) computes in fp8, which cannot hold {fmt.key} {what}: 8-bit "
                     "integers have more significant bits than e4m3; use the format 'fp8' instead"
                 )
-    return Execution(name, row.carrier, row.path, row.on_hardware)
+    chosen = _first(row, activation_fmt)
+    path = _CPU if name == "cpu" else _PATHS[chosen]
+    return Execution(name, chosen, path, row.on_hardware)
+
+
+def _first(row: _Row, fmt: Format) -> str:
+    return next(c for c in row.carriers if carries(c, fmt))
 
 
 def _name(device: torch.device, capability: tuple[int, int] | None) -> str:
@@ -109,11 +117,15 @@ def _name(device: torch.device, capability: tuple[int, int] | None) -> str:
 
 
 @torch.compiler.assume_constant_result
-def carrier(device: torch.device) -> str:
-    """Carrier of quantized activations on `device`; a constant to Dynamo; errors as `execution`."""
+def carrier(device: torch.device, format: str) -> str:
+    """Carrier of activations quantized to `format` (a key) on `device`; a constant to Dynamo.
+
+    Raises:
+        UnsupportedDeviceError: as `execution`.
+    """
     name = _name(torch.device(device), None)
     row = TABLE.get(name)
     if row is None:
         execution(device, Format("int4", 64, "bf16"), None)
         raise AssertionError(name)
-    return row.carrier
+    return _first(row, Format.parse(format))

@@ -2,8 +2,8 @@
 
 Element values (at most 8 significant bits) are exact in bf16, so products of quantized elements are
 exact on 16-bit tensor cores; group scales multiply the fp32 partial sums, one group of K at a time.
-This is the path of carrier "codes" (sm_80, sm_86; correct first) and of weights-only linears with a
-few dozen rows. Where a chip has fp8 tensor cores, `pq_fx.kernels.gemm_fp8` is faster.
+This is the path of carrier "codes" and of every pair of formats that `gemm_int8` and `gemm_e2m1` do
+not take. Where a chip has fp8 tensor cores, `pq_fx.kernels.gemm_fp8` is faster.
 """
 
 from __future__ import annotations
@@ -13,19 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pq_fx.kernels.carriers import int8_unit
 from pq_fx.kernels.codes import code_value, load_code, scale_value
 from pq_fx.kernels.decode import check_packed
 from pq_fx.kernels.formats import Format
+from pq_fx.kernels.gemm_output import check_scale, store_output
 from pq_fx.kernels.launch import launch
+from pq_fx.kernels.pack import channels_of
 from pq_fx.kernels.rounding import as_bytes
-from pq_fx.kernels.rows import (
-    INTERPRETED,
-    MAX_BATCH,
-    on_device_of,
-    require,
-    scale_dtype,
-    storage_bytes,
-)
+from pq_fx.kernels.rows import INTERPRETED, MAX_BATCH, on_device_of, require, storage_bytes
 
 
 @triton.jit
@@ -46,6 +42,8 @@ def _dequantizing_gemm_kernel(
     b_scale_stride,
     K: tl.constexpr,
     A_ELEMENT: tl.constexpr,
+    A_PACKED: tl.constexpr,
+    A_STEP: tl.constexpr,
     A_SCALE: tl.constexpr,
     A_GROUP: tl.constexpr,
     HAS_A_GLOBAL: tl.constexpr,
@@ -60,6 +58,8 @@ def _dequantizing_gemm_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """a [M, K] code points uint8 (A_ELEMENT) or float (A_ELEMENT "float"); b packed uint8 [N, ...].
+
+    A_PACKED: a is packed like b. A_STEP: an element is A_STEP times what its code point stands for.
 
     a_scale [M, K / A_GROUP], b_scale [N, K / B_GROUP], group 0 = one a row; out [M, N] in its
     dtype. BLOCK_K divides both groups. DOT: dtype of the operands of `tl.dot`.
@@ -77,7 +77,7 @@ def _dequantizing_gemm_kernel(
     if B_SCALE == "e4m3":
         b_scale_ptr = as_bytes(b_scale_ptr)
     b_scales = b_scale_ptr + columns.to(tl.int64) * b_scale_stride
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         channel = start + tl.arange(0, BLOCK_K)
         inside = channel < K
@@ -86,7 +86,10 @@ def _dequantizing_gemm_kernel(
         if A_ELEMENT == "float":
             a = tl.load(a_rows + channel[None, :], mask=a_mask, other=0.0).to(DOT)
         else:
-            a_code = tl.load(a_rows + channel[None, :], mask=a_mask, other=0)
+            if A_PACKED:
+                a_code = load_code(a_rows, channel[None, :], a_mask, K, A_ELEMENT)
+            else:
+                a_code = tl.load(a_rows + channel[None, :], mask=a_mask, other=0)
             a = code_value(a_code, A_ELEMENT).to(DOT)
         b_code = load_code(b_rows, channel[:, None], b_mask, K, B_ELEMENT)
         b = code_value(b_code, B_ELEMENT).to(DOT)
@@ -97,18 +100,22 @@ def _dequantizing_gemm_kernel(
         if A_ELEMENT != "float":
             a_group = start // A_GROUP if A_GROUP > 0 else 0
             a_scale = tl.load(a_scales + a_group, mask=row_mask, other=0)
-            partial = partial * scale_value(a_scale, A_SCALE)[:, None]
-        accumulator += partial
-    if HAS_A_GLOBAL:
-        accumulator *= tl.load(a_global_ptr).to(tl.float32)
-    if HAS_B_GLOBAL:
-        accumulator *= tl.load(b_global_ptr).to(tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-        accumulator += bias[None, :]
-    out = out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(out, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
+            partial = partial * (scale_value(a_scale, A_SCALE) * A_STEP)[:, None]
+        sums += partial
+    store_output(
+        sums,
+        rows,
+        columns,
+        M,
+        N,
+        a_global_ptr,
+        b_global_ptr,
+        bias_ptr,
+        out_ptr,
+        HAS_A_GLOBAL,
+        HAS_B_GLOBAL,
+        HAS_BIAS,
+    )
 
 
 def dequantizing_gemm(
@@ -123,28 +130,29 @@ def dequantizing_gemm(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``a @ dequantize(weight)^T + bias`` [M, N] in `dtype`; a [M, K] floats or code points.
+    """``a @ dequantize(weight)^T + bias`` [M, N] in `dtype`; a [M, K] floats or quantized.
 
-    a_format None: a is float16, bfloat16 or float32. Else a is uint8 and a_scale [M, K / g] holds
-    its stored scales.
+    a_format None: a is float16, bfloat16 or float32. Else a is uint8 or int8 of an exact carrier
+    (`carriers`; packed e2m1 as its bytes [M, K / 2]) and a_scale [M, K / g] its stored scales.
 
     Raises:
         KernelError, FormatError: shapes, dtypes or formats do not fit.
     """
-    count, channels = a.shape
+    count = a.shape[0]
+    channels = channels_of(weight, weight_format)
+    packed = a_format is not None and a.shape[1] * 2 == channels
+    lattice = a.dtype == torch.int8
+    require(
+        packed or a.shape[1] == channels,
+        f"rows of {a.shape[1]} channels do not fit a weight of {channels}",
+    )
     check_packed(weight, weight_scale, weight_global, weight_format, channels)
     columns = weight.shape[0]
     out = torch.empty((count, columns), dtype=dtype, device=a.device)
     if a_format is not None:
         require(a_scale is not None, "code points came without their scales")
         assert a_scale is not None
-        expected = (count, a_format.groups(channels))
-        require(
-            tuple(a_scale.shape) == expected and a_scale.dtype == scale_dtype(a_format),
-            f"scale is {a_scale.dtype} {tuple(a_scale.shape)}; {a_format.key} with K={channels} "
-            f"wants {scale_dtype(a_format)} {expected}",
-        )
-        a_scale = a_scale.contiguous()
+        a_scale = check_scale(a_scale, count, channels, a_format)
     if out.numel() == 0:
         return out
     few = count <= 16
@@ -174,7 +182,9 @@ def dequantizing_gemm(
             weight.stride(0),
             weight_scale.stride(0),
             K=channels,
-            A_ELEMENT="float" if a_format is None else a_format.element,
+            A_ELEMENT="float" if a_format is None else "int8" if lattice else a_format.element,
+            A_PACKED=packed,
+            A_STEP=1.0 / int8_unit(a_format) if a_format is not None and lattice else 1.0,
             A_SCALE="fp32" if a_format is None else a_format.scale,
             A_GROUP=0 if a_format is None else a_format.group_size,
             HAS_A_GLOBAL=a_global is not None,

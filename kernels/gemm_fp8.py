@@ -3,7 +3,7 @@
 Carrier "e4m3": the packed weight is decoded to an e4m3 operand with row scales (`decode`), then one
 fp8 GEMM with one scale a row on either side: cuBLAS through `torch._scaled_mm` where it takes the
 shape and dtype, else a Triton kernel. No group scale is left for the GEMM's main loop, which is
-what makes it run at the full rate. Carrier "codes": `pq_fx.kernels.gemm_codes`.
+what makes it run at the full rate.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_fx.errors import UnsupportedDeviceError
-from pq_fx.kernels.decode import decode_e4m3
+from pq_fx.kernels.decode import Packed, decode_e4m3
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.gemm_codes import dequantizing_gemm
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.rounding import e4m3_value
 from pq_fx.kernels.rows import (
     INTERPRETED,
-    KernelError,
     native_fp8,
     on_device_of,
     require,
@@ -133,104 +131,34 @@ def scaled_gemm(
     """`fp8_gemm` by cuBLAS where it takes the shape and dtype, else by Triton."""
     if INTERPRETED or not cublas_takes(a.shape[0], b.shape[0], a.shape[1], dtype):
         return fp8_gemm(a, a_scale, b, b_scale, bias, dtype)
-    if bias is not None:
-        bias = bias.to(dtype)
     return torch._scaled_mm(
         a, b.t(), a_scale, b_scale.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
     )
 
 
-def linear(
+def fp8_linears(
     data: Tensor,
     scale: Tensor,
-    global_scale: Tensor | None,
-    format: str,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_global_scale: Tensor | None,
-    weight_format: str,
-    bias: Tensor | None,
+    parts: Sequence[Packed],
+    weight_format: Format,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``x @ W^T + bias`` of quantized activations; arguments as `reference_ops.linear`.
+    """``x @ W_i^T + bias_i`` joined, [M, sum N_i]: weights decoded into one operand for one GEMM.
+
+    data float8_e4m3fn [M, K], scale fp32 with one entry a row.
 
     Raises:
         KernelError, FormatError: shapes, dtypes or formats do not fit.
-        UnsupportedDeviceError: e4m3 data on a GPU without fp8 tensor cores.
+        UnsupportedDeviceError: a GPU without fp8 tensor cores.
     """
-    return linears(
-        data,
-        scale,
-        global_scale,
-        format,
-        [weight],
-        [weight_scale],
-        [weight_global_scale],
-        weight_format,
-        [bias],
-        dtype,
-    )
-
-
-def linears(
-    data: Tensor,
-    scale: Tensor,
-    global_scale: Tensor | None,
-    format: str,
-    weights: Sequence[Tensor],
-    weight_scales: Sequence[Tensor],
-    weight_global_scales: Sequence[Tensor | None],
-    weight_format: str,
-    biases: Sequence[Tensor | None],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Linears of one quantized input, joined; arguments and errors as `linear`, [..., sum N_i].
-
-    e4m3 data: the weights are decoded into one operand for one GEMM. Code points: one GEMM each.
-    """
-    fmt = Format.parse(weight_format)
-    for weight, bias in zip(weights, biases, strict=True):
-        require(
-            bias is None or (bias.shape == weight.shape[:1] and bias.device == data.device),
-            f"bias must have shape ({weight.shape[0]},) on {data.device}",
-        )
-    channels = data.shape[-1]
-    rows = data.reshape(-1, channels)
-    if data.dtype == torch.uint8:
-        scales = scale.reshape(rows.shape[0], scale.shape[-1])
-        parts = [
-            dequantizing_gemm(
-                rows, scales, global_scale, Format.parse(format), w, s, g, fmt, b, dtype
-            )
-            for w, s, g, b in zip(weights, weight_scales, weight_global_scales, biases, strict=True)
-        ]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return out.view(*data.shape[:-1], out.shape[-1])
-    if data.dtype != torch.float8_e4m3fn:
-        raise KernelError(
-            f"data of dtype {data.dtype} belongs to no carrier; expected uint8 code points or "
-            "float8_e4m3fn, as pq::quantize returns them"
-        )
     if not INTERPRETED and not native_fp8(data.device):
         raise UnsupportedDeviceError(
             f"{torch.cuda.get_device_name(data.device)} has no fp8 tensor cores; quantize with the "
-            "carrier 'codes' there (pq_fx.kernels.devices.execution tells it)"
+            "carrier that pq_fx.kernels.devices.carrier gives for it"
         )
     require(
-        scale.dtype == torch.float32 and scale.numel() == rows.shape[0],
+        scale.dtype == torch.float32 and scale.numel() == data.shape[0],
         f"e4m3 data wants one fp32 scale a row, got {scale.dtype} {tuple(scale.shape)}",
     )
-    operand, row_scale = decode_e4m3(weights, weight_scales, weight_global_scales, fmt, channels)
-    bias = _joined(biases)
-    out = scaled_gemm(rows.contiguous(), scale.reshape(-1, 1), operand, row_scale, bias, dtype)
-    return out.view(*data.shape[:-1], out.shape[-1])
-
-
-def _joined(biases: Sequence[Tensor | None]) -> Tensor | None:
-    present = [b for b in biases if b is not None]
-    require(
-        len(present) in (0, len(biases)), "joined linears have a bias each, or none of them has"
-    )
-    if len(present) < 2:
-        return present[0] if present else None
-    return torch.cat(present)
+    operand, rows, bias = decode_e4m3(parts, weight_format, data.shape[1], dtype)
+    return scaled_gemm(data.contiguous(), scale.reshape(-1, 1), operand, rows, bias, dtype)

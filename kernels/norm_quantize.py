@@ -8,32 +8,27 @@ step where a value lies on a boundary (tests/thresholds.py states how many).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pq_fx.kernels.activation_quantize import (
+from pq_fx.kernels.carriers import check_carrier
+from pq_fx.kernels.formats import Format
+from pq_fx.kernels.launch import launch
+from pq_fx.kernels.quantize_row import quantize_rows_store
+from pq_fx.kernels.reference_ops import NORMS, check_choice
+from pq_fx.kernels.rotate_row import gather_row
+from pq_fx.kernels.rounding import as_bytes, round_row
+from pq_fx.kernels.row_arguments import (
+    as_carried,
+    channel_vector,
     check_quantize,
-    quantized_outputs,
+    empty_outputs,
+    modulation_rows,
     row_constants,
     row_tile,
 )
-from pq_fx.kernels.formats import Format
-from pq_fx.kernels.launch import launch
-from pq_fx.kernels.quantize_row import gather_row, quantize_rows_store
-from pq_fx.kernels.reference_ops import CARRIERS, NORMS, check_choice
-from pq_fx.kernels.rounding import as_bytes, round_row
-from pq_fx.kernels.rows import (
-    MAX_BATCH,
-    Tile,
-    as_rows,
-    native_fp8,
-    on_device_of,
-    require,
-    storage_bytes,
-)
+from pq_fx.kernels.rows import MAX_BATCH, Tile, as_rows, native_fp8, on_device_of, require, storage_bytes
 
 
 @triton.jit
@@ -115,6 +110,7 @@ def _norm_quantize_kernel(
     TOP: tl.constexpr,
     GAIN: tl.constexpr,
     CARRIER: tl.constexpr,
+    UNIT: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
     """x [B, TOKENS, CHANNELS]; weight, bias [CHANNELS]; mod_* one row a batch entry.
@@ -211,46 +207,9 @@ def _norm_quantize_kernel(
         TOP,
         GAIN,
         CARRIER,
+        UNIT,
         NATIVE_FP8,
     )
-
-
-class _Modulation(NamedTuple):
-    """Modulation rows: tensor with unit channel stride or None, and how far apart its rows lie."""
-
-    tensor: Tensor | None
-    stride: int
-
-
-def _modulation(mod: Tensor | None, x: Tensor, name: str) -> _Modulation:
-    """Rows [B, K] of a modulation [B, K], [B, 1, K] or [K] for x [B, ..., K]."""
-    if mod is None:
-        return _Modulation(None, 0)
-    channels = x.shape[-1]
-    require(
-        mod.shape[-1] == channels and mod.device == x.device,
-        f"{name} {tuple(mod.shape)} on {mod.device} does not fit x {tuple(x.shape)} on {x.device}",
-    )
-    batch = mod.shape[0] if mod.dim() > 1 else 1
-    expected = x.shape[0] if x.dim() > 1 else 1
-    require(
-        mod.numel() == batch * channels and batch in (1, expected),
-        f"{name} {tuple(mod.shape)} must be [B, K] or [B, 1, K] with B = {expected} or 1: one row "
-        "for all tokens of a batch entry",
-    )
-    if mod.stride(-1) != 1:
-        mod = mod.contiguous()
-    return _Modulation(mod, mod.stride(0) if batch > 1 else 0)
-
-
-def _vector(vector: Tensor | None, x: Tensor, name: str) -> Tensor | None:
-    if vector is None:
-        return None
-    require(
-        tuple(vector.shape) == (x.shape[-1],) and vector.device == x.device,
-        f"{name} {tuple(vector.shape)} on {vector.device} must be ({x.shape[-1]},) on {x.device}",
-    )
-    return vector.contiguous()
 
 
 def norm_quantize(
@@ -279,15 +238,15 @@ def norm_quantize(
         FormatError: K does not fit the format or the rotation.
     """
     check_choice("norm", norm, NORMS)
-    check_choice("carrier", carrier, CARRIERS)
     fmt = Format.parse(format)
+    check_carrier(carrier, fmt)
     channels = x.shape[-1]
     check_quantize(x, channels, perm, global_scale, clip, fmt, rotation)
-    data, scale = quantized_outputs(x, channels, fmt, carrier)
+    stored, scale = empty_outputs(x, channels, fmt, carrier)
     if x.numel() == 0:
-        return data, scale
-    scales = _modulation(mod_scale, x, "mod_scale")
-    shifts = _modulation(mod_shift, x, "mod_shift")
+        return as_carried(stored, carrier), scale
+    scales = modulation_rows(mod_scale, x, "mod_scale")
+    shifts = modulation_rows(mod_shift, x, "mod_shift")
     # A row of modulation serves all tokens of a batch entry; rows [B, K] are entries of one token.
     by_entry = scales.stride + shifts.stride > 0
     require(
@@ -299,14 +258,14 @@ def norm_quantize(
     with on_device_of(x):
         launch(_norm_quantize_kernel)[(triton.cdiv(rows.tokens, tile.rows), rows.batch)](
             rows.tensor,
-            _vector(weight, x, "weight"),
-            _vector(bias, x, "bias"),
+            channel_vector(weight, x, "weight"),
+            channel_vector(bias, x, "bias"),
             scales.tensor,
             shifts.tensor,
             perm,
             global_scale,
             clip,
-            storage_bytes(data),
+            storage_bytes(stored),
             storage_bytes(scale),
             rows.tokens,
             eps,
@@ -328,4 +287,4 @@ def norm_quantize(
             enable_fp_fusion=False,
             **row_constants(fmt, tile, rotation, carrier, x.dtype),
         )
-    return data, scale
+    return as_carried(stored, carrier), scale

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pq_fx.errors import PQError, UnsupportedDeviceError
 from pq_fx.kernels import reference_ops
+from pq_fx.kernels.carriers import channels_carried, check_carrier, data_dtype, data_width
 from pq_fx.kernels.formats import Format
 
 _TAIL = "Tensor? perm, Tensor? global_scale, Tensor? clip, str format, int rotation, str carrier"
@@ -47,8 +48,8 @@ _TRITON = {
     "quantize": "pq_fx.kernels.activation_quantize",
     "norm_quantize": "pq_fx.kernels.norm_quantize",
     "act_quantize": "pq_fx.kernels.activation_quantize",
-    "linear": "pq_fx.kernels.gemm_fp8",
-    "linears": "pq_fx.kernels.gemm_fp8",
+    "linear": "pq_fx.kernels.linear",
+    "linears": "pq_fx.kernels.linear",
     "linear_weight_only": "pq_fx.kernels.gemv",
 }
 
@@ -65,20 +66,16 @@ def launchers() -> dict[Any, Callable[..., Any]]:
 
 def _quantized_fake(x: Tensor, key: str, carrier: str, more: int = 0) -> tuple[Tensor, Tensor]:
     """Shapes of a quantize op on x [..., K - more]: nothing is asked of a symbolic size."""
-    reference_ops.check_choice("carrier", carrier, reference_ops.CARRIERS)
     fmt = Format.parse(key)
+    check_carrier(carrier, fmt)
     channels = x.shape[-1] + more
     if isinstance(channels, int):
         fmt.check_channels(channels)
+    size = (*x.shape[:-1], data_width(carrier, channels))
+    data = x.new_empty(size, dtype=data_dtype(carrier))
     if carrier == "e4m3":
-        return (
-            x.new_empty((*x.shape[:-1], channels), dtype=torch.float8_e4m3fn),
-            x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
-        )
-    return (
-        x.new_empty((*x.shape[:-1], channels), dtype=torch.uint8),
-        x.new_empty((*x.shape[:-1], fmt.groups(channels)), dtype=fmt.scale_dtype),
-    )
+        return data, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return data, x.new_empty((*x.shape[:-1], fmt.groups(channels)), dtype=fmt.scale_dtype)
 
 
 def _quantize_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -143,7 +140,7 @@ def _linear_weight_only_fake(
 def _linear_output(x: Tensor, weight: Tensor, key: str, dtype: torch.dtype) -> Tensor:
     fmt = Format.parse(key)
     if isinstance(x.shape[-1], int) and isinstance(weight.shape[-1], int):
-        reference_ops.check_weight(weight, fmt, x.shape[-1])
+        reference_ops.check_weight(weight, fmt, channels_carried(x))
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 

@@ -14,9 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pq_fx.errors import ConfigError, FormatError
+from pq_fx.kernels.carriers import (
+    carried_values,
+    carrier_of,
+    carry,
+    channels_carried,
+    check_carrier,
+)
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.pack import channels_of
-from pq_fx.kernels.reference import Quantized, dequantize, e4m3_operand, permute_rotate
+from pq_fx.kernels.reference import permute_rotate
 from pq_fx.kernels.reference import quantize as quantize_groups
 from pq_fx.kernels.values import (
     apply_scale,
@@ -27,7 +34,6 @@ from pq_fx.kernels.values import (
     scale_values,
 )
 
-CARRIERS = ("codes", "e4m3")
 NORMS = ("layer", "rms")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "none")
 
@@ -51,19 +57,18 @@ def quantize(
             beyond saturate. None = 1.
         format: a format key.
         rotation: block-Hadamard size in channels, 0 = none.
-        carrier: "codes" gives uint8 code points [..., K] and stored scales [..., K / g];
-            "e4m3" gives float8_e4m3fn [..., K] and fp32 row scales [..., 1].
+        carrier: the form of (data, scale), see `pq_fx.kernels.carriers`.
 
     Raises:
-        FormatError: K does not fit the format or the rotation.
+        FormatError: K does not fit the format or the rotation, or the carrier cannot hold the format.
         ConfigError: unknown carrier.
     """
-    check_choice("carrier", carrier, CARRIERS)
     fmt = Format.parse(format)
+    check_carrier(carrier, fmt)
     fmt.check_channels(x.shape[-1])
     y = permute_rotate(x.float(), perm, rotation)
     q = quantize_groups(y, fmt, global_scale=global_scale, clip=clip)
-    return e4m3_operand(q, fmt) if carrier == "e4m3" else (q.codes, q.scale)
+    return carry(q, fmt, carrier)
 
 
 def norm_quantize(
@@ -168,28 +173,25 @@ def linear(
     """``x @ W^T + bias`` of a quantized activation and a packed weight; fp32, returned in `dtype`.
 
     data, scale: as `quantize` returns them; data's dtype tells the carrier. weight uint8
-    [N, K * bits / 8], weight_scale [N, K / g]. Carrier "codes": both are dequantized exactly.
+    [N, K * bits / 8], weight_scale [N, K / g]. The exact carriers: both are dequantized exactly.
     Carrier "e4m3": the weight is brought into that carrier too (rounded to e4m3 with row scales w),
     and the result is ``(data @ weight^T) * scale * w + bias``, as fp8 tensor cores compute it.
 
     Raises:
         FormatError: data is of no carrier, or the weight holds another number of channels.
     """
+    carrier = carrier_of(data)
     values, weight_s = _weight(
-        weight, weight_scale, weight_global_scale, weight_format, data.shape[-1]
+        weight, weight_scale, weight_global_scale, weight_format, channels_carried(data)
     )
     wide_bias = None if bias is None else bias.float()
-    if data.dtype == torch.uint8:
-        x = dequantize(Quantized(data, scale, global_scale), Format.parse(format))
-        return _cast(F.linear(x, apply_scale(values, weight_s), wide_bias), dtype)
-    if data.dtype == torch.float8_e4m3fn:
+    if carrier == "e4m3":
         operand, row = fold_scale(values, weight_s, Format.parse(weight_format))
         y = F.linear(data.float(), operand.float()) * scale * row.squeeze(-1)
         return _cast(y if wide_bias is None else y + wide_bias, dtype)
-    raise FormatError(
-        f"data of dtype {data.dtype} belongs to no carrier; expected uint8 code points or "
-        "float8_e4m3fn, as pq::quantize returns them"
-    )
+    fmt = Format.parse(format)
+    x = apply_scale(carried_values(data, fmt), scale_values(scale, fmt, global_scale))
+    return _cast(F.linear(x, apply_scale(values, weight_s), wide_bias), dtype)
 
 
 def linears(

@@ -48,9 +48,10 @@ def quantize_exported(
     """Quantize an exported program (`torch.export.export(model, ..., strict=False)`); the given one is unchanged.
 
     `calibration` yields tuples of positional arguments; `settings` are as for `choose`; `dynamic_shapes` are those of
-    the new program, as for `torch.export.export`; `rows` and `seed` configure the sample; `carrier` is "codes", or
-    "e4m3" for a GPU with fp8 tensor cores; `rewrites` are what lowering applies. Raises GraphError when nothing can
-    be quantized, CalibrationError when the calibration data is missing or not finite.
+    the new program, as for `torch.export.export`; `rows` and `seed` configure the sample; `carrier` is the form of
+    quantized activations (kernels/carriers.py), "e4m3" for a GPU with fp8 tensor cores; `rewrites` are what lowering
+    applies. Raises GraphError when nothing can be quantized, CalibrationError when the calibration data is missing or
+    not finite.
     """
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)

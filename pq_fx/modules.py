@@ -111,7 +111,7 @@ class ActivationQuantizer(PackedModule):
 
         The global scale is returned, not read by the linear, because an offload hook may take it back after this call.
         """
-        carrier = devices.carrier(x.device)
+        carrier = devices.carrier(x.device, self.format)
         if self.smooth is not None:
             x = x * self.smooth.to(x.dtype)
         data, scale = torch.ops.pq.quantize(

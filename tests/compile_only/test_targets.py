@@ -63,11 +63,11 @@ def check_target(compiled: Any, chip: int) -> str:
 
 
 def row_constants(key: str, carrier: str, chip: int, channels: int, **more: Any) -> dict[str, Any]:
-    activation = kernels("activation_quantize")
+    arguments = kernels("row_arguments")
     fmt = Format.parse(key)
     rotation = fmt.group_size
-    tile = activation.row_tile(channels, fmt, rotation, torch.bfloat16, more["HAS_PERM"])
-    constants = activation.row_constants(fmt, tile, rotation, carrier, torch.bfloat16)
+    tile = arguments.row_tile(channels, fmt, rotation, torch.bfloat16, more["HAS_PERM"])
+    constants = arguments.row_constants(fmt, tile, rotation, carrier, torch.bfloat16)
     return {**constants, "NATIVE_FP8": chip >= 89, "CHANNELS": channels, **more}
 
 
@@ -113,12 +113,20 @@ def test_act_quantize(chip: int) -> None:
 
 
 @pytest.mark.parametrize("chip", FP8_CHIPS)
-@pytest.mark.parametrize("key", ["int4:64:bf16", "int3:64:bf16"])
-def test_decode(chip: int, key: str) -> None:
-    if key.startswith("int3") and chip != 90:
-        pytest.skip("one chip is enough for the second layout")
+@pytest.mark.parametrize(
+    ("key", "count"), [("int4:64:bf16", 1), ("int4:64:bf16", 4), ("int3:64:bf16", 1)]
+)
+def test_decode(chip: int, key: str, count: int) -> None:
+    if (key.startswith("int3") or count > 1) and chip != 90:
+        pytest.skip("one chip is enough for the second layout and for joined weights")
     fmt = Format.parse(key)
+    absent = [f"{n}_{i}_ptr" for n in ("weight", "scale", "bias") for i in range(count, 4)]
+    absent += ["global_ptr", *(f"global_{i}_ptr" for i in (1, 2, 3))]
+    absent += ["joint_ptr", "bias_ptr"] if count == 1 else []
     constants = {
+        **dict.fromkeys(absent),
+        "COUNT": count,
+        "HAS_BIAS": count > 1,
         "HAS_GLOBAL": False,
         "LENGTH": 1024,
         "CHANNELS": 768,
@@ -129,12 +137,15 @@ def test_decode(chip: int, key: str) -> None:
         "TO_FP8": True,
         "NATIVE_FP8": True,
     }
-    types = {"weight_ptr": "*u8", "global_ptr": "*fp32", "out_ptr": "*u8", "row_ptr": "*fp32"}
+    types = {"out_ptr": "*u8", "row_ptr": "*fp32", "weight_ptr": "*u8"}
+    types |= {f"weight_{i}_ptr": "*u8" for i in range(1, 4)}
     kernel = kernels("decode")._decode_kernel
     ptx = check_target(
         compile_kernel(kernel, chip, constants, types, enable_fp_fusion=False, num_warps=2), chip
     )
     assert "st.global.v" in ptx
+    if fmt.bits == 4:  # wide, whichever weight a program reads
+        assert "ld.global.v" in ptx
 
 
 @pytest.mark.parametrize("chip", FP8_CHIPS)
@@ -160,6 +171,8 @@ def test_dequantizing_gemm(chip: int) -> None:
     constants = {
         "K": 256,
         "A_ELEMENT": "int4",
+        "A_PACKED": False,
+        "A_STEP": 1.0,
         "A_SCALE": "bf16",
         "A_GROUP": 64,
         "HAS_A_GLOBAL": False,
@@ -177,6 +190,65 @@ def test_dequantizing_gemm(chip: int) -> None:
     kernel = kernels("gemm_codes")._dequantizing_gemm_kernel
     ptx = check_target(compile_kernel(kernel, chip, constants, types, num_warps=4), chip)
     assert "mma" in ptx and "bf16" in ptx
+
+
+@pytest.mark.parametrize("chip", [80, 86, 90])
+@pytest.mark.parametrize("key", ["int4:64:bf16", "mxfp4:32:e8m0", "int3:128:pow2"])
+def test_int8_gemm_uses_int8_tensor_cores(chip: int, key: str) -> None:
+    fmt = Format.parse(key)
+    constants = {
+        "K": 3072,
+        "A_SCALE": fmt.scale,
+        "A_GROUP": fmt.group_size,
+        "B_ELEMENT": fmt.element,
+        "B_SCALE": fmt.scale,
+        "B_GROUP": fmt.group_size,
+        "STEP": 1.0,
+        "HAS_BIAS": True,
+        "BLOCK_M": 128,
+        "BLOCK_N": 64,
+        "BLOCK_K": fmt.group_size,
+        "STAGES": 3,
+    }
+    types = {"a_ptr": "*i8", "b_ptr": "*u8"}
+    if fmt.scale == "e8m0":
+        types |= {"a_scale_ptr": "*u8", "b_scale_ptr": "*u8"}
+    kernel = kernels("gemm_int8")._int8_gemm_kernel
+    ptx = check_target(compile_kernel(kernel, chip, constants, types, num_warps=4), chip)
+    if chip == 90:  # where the kernel could be run
+        assert "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8" in ptx
+    else:
+        assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in ptx
+
+
+@pytest.mark.parametrize(
+    ("chip", "key", "instruction"),
+    [
+        (100, "nvfp4:16:e4m3", "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.scale_vec::4X"),
+        (100, "mxfp4:32:e8m0", "tcgen05.mma.cta_group::1.kind::mxf4.block_scale.scale_vec::2X"),
+        (120, "nvfp4:16:e4m3", "kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3"),
+        (120, "mxfp4:32:e8m0", "kind::mxf4nvf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0"),
+    ],
+)
+def test_e2m1_gemm_uses_block_scaled_tensor_cores(chip: int, key: str, instruction: str) -> None:
+    fmt = Format.parse(key)
+    constants = {
+        "K": 3072,
+        "SCALE": fmt.scale,
+        "GROUP": fmt.group_size,
+        "HAS_A_GLOBAL": fmt.two_level,
+        "HAS_B_GLOBAL": fmt.two_level,
+        "HAS_BIAS": True,
+        "BLOCK_M": 128,
+        "BLOCK_N": 128,
+        "BLOCK_K": 128,
+    }
+    scales = "*fp8e4nv" if fmt.two_level else "*u8"
+    types = {"a_ptr": "*u8", "b_ptr": "*u8", "a_scale_ptr": scales, "b_scale_ptr": scales}
+    types |= {"a_global_ptr": "*fp32", "b_global_ptr": "*fp32"}
+    kernel = kernels("gemm_e2m1")._e2m1_gemm_kernel
+    ptx = check_target(compile_kernel(kernel, chip, constants, types, num_warps=4), chip)
+    assert instruction in ptx
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -16,6 +16,6 @@ check_kernels = pytest.importorskip("check_kernels")
 @pytest.mark.parametrize("key", check_kernels.KEYS)
 @pytest.mark.parametrize("name", list(check_kernels.GROUPS))
 def test_op_agrees_with_reference(name: str, key: str) -> None:
-    checks = check_kernels.run_one(name, key, False, 11, "cuda")
+    checks = check_kernels.run_one(name, key, False, 11, check_kernels.on_cuda)
     channels_fit = not (name == "norm_quantize" and not checks)
     assert checks or not channels_fit

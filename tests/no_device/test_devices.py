@@ -19,8 +19,8 @@ INT4, FP8, INT8 = get_format("int4"), get_format("fp8"), get_format("int8")
 @pytest.mark.parametrize(
     ("capability", "carrier", "ran"),
     [
-        ((8, 0), "codes", False),
-        ((8, 6), "codes", False),
+        ((8, 0), "int8", False),
+        ((8, 6), "int8", False),
         ((8, 9), "e4m3", False),
         ((9, 0), "e4m3", True),
         ((10, 0), "codes", False),
@@ -33,6 +33,11 @@ def test_cuda(capability: tuple[int, int], carrier: str, ran: bool) -> None:
     assert (found.carrier, found.on_hardware) == (carrier, ran)
     assert found.device == f"sm_{capability[0]}{capability[1]}"
     assert execution(cuda, INT4, None, capability=capability).carrier is None
+    if capability >= (10, 0):
+        for name in ("nvfp4", "mxfp4"):
+            fmt = get_format(name)
+            native = execution(cuda, fmt, fmt, capability=capability)
+            assert native.carrier == "e2m1" and "block-scaled" in native.path
 
 
 def test_cpu() -> None:
@@ -65,7 +70,8 @@ def test_cuda_that_is_not_there() -> None:
 def test_fp8_tensor_cores_refuse_int8(weight, activation) -> None:
     with pytest.raises(UnsupportedDeviceError, match="int8:0:fp32 (weights|activations).*'fp8'"):
         execution(torch.device("cuda"), weight, activation, capability=(9, 0))
-    assert execution(torch.device("cuda"), weight, activation, capability=(8, 0)).carrier == "codes"
+    ampere = execution(torch.device("cuda"), weight, activation, capability=(8, 0))
+    assert ampere.carrier == ("codes" if activation is FP8 else "int8")
     assert execution(torch.device("cuda"), INT4, FP8, capability=(9, 0)).carrier == "e4m3"
 
 

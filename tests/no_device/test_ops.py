@@ -300,7 +300,9 @@ def test_channels_before_are_the_first_of_the_row() -> None:
 
 def test_errors_list_what_is_known() -> None:
     x = torch.randn(2, K)
-    with pytest.raises(ConfigError, match="unknown carrier 'bytes'; known: codes, e4m3"):
+    with pytest.raises(
+        ConfigError, match="unknown carrier 'bytes'; known: codes, int8, e2m1, e4m3"
+    ):
         ops.quantize(x, None, None, None, "int4:64:bf16", 0, "bytes")
     with pytest.raises(ConfigError, match="unknown norm 'batch'; known: layer, rms"):
         ops.norm_quantize(

@@ -1,0 +1,49 @@
+"""What the dequantizing GEMMs share: the end of their kernels, and the check of activation scales."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pq_fx.kernels.formats import Format
+from pq_fx.kernels.rows import require, scale_dtype
+
+
+@triton.jit
+def store_output(
+    sums,
+    rows,
+    columns,
+    M,
+    N,
+    a_global_ptr,
+    b_global_ptr,
+    bias_ptr,
+    out_ptr,
+    HAS_A_GLOBAL: tl.constexpr,
+    HAS_B_GLOBAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Multiply fp32 sums [BM, BN] by the global scales, add the bias [N], store to out [M, N]."""
+    if HAS_A_GLOBAL:
+        sums *= tl.load(a_global_ptr).to(tl.float32)
+    if HAS_B_GLOBAL:
+        sums *= tl.load(b_global_ptr).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+        sums += bias[None, :]
+    out = out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    tl.store(out, sums.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def check_scale(scale: Tensor, count: int, channels: int, fmt: Format) -> Tensor:
+    """Stored scales [M, K / g] of activations, contiguous; raises KernelError when they do not fit."""
+    expected = (count, fmt.groups(channels))
+    require(
+        tuple(scale.shape) == expected and scale.dtype == scale_dtype(fmt),
+        f"scale is {scale.dtype} {tuple(scale.shape)}; {fmt.key} with K={channels} "
+        f"wants {scale_dtype(fmt)} {expected}",
+    )
+    return scale.contiguous()
