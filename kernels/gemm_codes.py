@@ -17,11 +17,11 @@ from pq_fx.kernels.carriers import int8_unit
 from pq_fx.kernels.codes import code_value, load_code, scale_value
 from pq_fx.kernels.decode import check_packed
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.gemm_output import check_scale, store_output
+from pq_fx.kernels.gemm_output import check_scale, row_blocks, store_output
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.pack import channels_of
 from pq_fx.kernels.rounding import as_bytes
-from pq_fx.kernels.rows import INTERPRETED, MAX_BATCH, on_device_of, require, storage_bytes
+from pq_fx.kernels.rows import INTERPRETED, on_device_of, require, storage_bytes
 
 
 @triton.jit
@@ -156,8 +156,7 @@ def dequantizing_gemm(
     if out.numel() == 0:
         return out
     few = count <= 16
-    blocks = triton.cdiv(count, 16 if few else 64)
-    require(blocks <= MAX_BATCH, f"{count} rows; a launch takes {MAX_BATCH * 64}: split the batch")
+    blocks = row_blocks(count, 16 if few else 64)
     if a.stride(-1) != 1:
         a = a.contiguous()
     groups = [f.group_size for f in (a_format, weight_format) if f is not None and f.group_size]

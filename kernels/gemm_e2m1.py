@@ -17,7 +17,7 @@ from torch import Tensor
 from pq_fx.kernels.codes import code_value, scale_value
 from pq_fx.kernels.decode import check_packed
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.gemm_output import check_scale, store_output
+from pq_fx.kernels.gemm_output import check_scale, row_blocks, store_output
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.rounding import as_bytes
 from pq_fx.kernels.rows import INTERPRETED, on_device_of, storage_bytes
@@ -143,7 +143,7 @@ def e2m1_gemm(
     a = a if a.stride(-1) == 1 else a.contiguous()
     block_m, block_n = (16, 32) if INTERPRETED else (128, 128)
     with on_device_of(a):
-        launch(_e2m1_gemm_kernel)[(triton.cdiv(columns, block_n), triton.cdiv(count, block_m))](
+        launch(_e2m1_gemm_kernel)[(triton.cdiv(columns, block_n), row_blocks(count, block_m))](
             a,
             storage_bytes(a_scale),
             a_global,

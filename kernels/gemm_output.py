@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.rows import require, scale_dtype
+from pq_fx.kernels.rows import MAX_BATCH, require, scale_dtype
 
 
 @triton.jit
@@ -36,6 +36,15 @@ def store_output(
     out = out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
     mask = (rows < M)[:, None] & (columns < N)[None, :]
     tl.store(out, sums.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def row_blocks(count: int, block: int) -> int:
+    """Blocks of rows, a grid's second axis; raises KernelError for more rows than it has room for."""
+    require(
+        count <= MAX_BATCH * block,
+        f"{count} rows; a launch takes {MAX_BATCH * block}: split the batch",
+    )
+    return triton.cdiv(count, block)
 
 
 def check_scale(scale: Tensor, count: int, channels: int, fmt: Format) -> Tensor:

@@ -64,7 +64,7 @@ def _gemv_kernel(
     # Groups of 16 go in pairs through a dot of 32 channels (one of 16 came out wrong on sm_90 with
     # Triton 3.6): once with the second half of the rows' channels zero, once with the first.
     HALVES: tl.constexpr = 2 if GROUP == 16 else 1
-    PART: tl.constexpr = GROUP * HALVES if GROUP > 0 else BLOCK_K
+    PART: tl.constexpr = GROUP * HALVES if GROUP > 0 else (64 if BLOCK_K > 64 else BLOCK_K)
     GROUPS: tl.constexpr = BLOCK_K // PART
     column = tl.arange(0, BLOCK_M * HALVES)[None, None, :]
     row = column % BLOCK_M
@@ -209,8 +209,10 @@ def linear_weight_only(
         value = decode_float(*packed, channels, x.dtype)
         out = F.linear(rows, value, None if bias is None else bias.to(x.dtype))
     elif x.dtype == torch.float32:
-        parts = gemv(split_bf16(rows).view(-1, channels), *packed, None, torch.float32)
-        out = parts.view(3, count, columns).sum(dim=0)
+        # All parts at once read the weight once, where they are few enough for shared memory.
+        split = split_bf16(rows).view(-1, channels).split(MAX_ROWS)
+        parts = [gemv(part, *packed, None, torch.float32) for part in split]
+        out = torch.cat(parts).view(3, count, columns).sum(dim=0)
         out = out if bias is None else out + bias.float()
     else:
         out = gemv(rows, *packed, bias, x.dtype)

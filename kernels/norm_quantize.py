@@ -28,7 +28,15 @@ from pq_fx.kernels.row_arguments import (
     row_constants,
     row_tile,
 )
-from pq_fx.kernels.rows import MAX_BATCH, Tile, as_rows, native_fp8, on_device_of, require, storage_bytes
+from pq_fx.kernels.rows import (
+    MAX_BATCH,
+    Tile,
+    as_rows,
+    native_fp8,
+    on_device_of,
+    require,
+    storage_bytes,
+)
 
 
 @triton.jit

@@ -252,7 +252,7 @@ def test_e2m1_gemm_uses_block_scaled_tensor_cores(chip: int, key: str, instructi
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("key", ["int4:64:bf16", "nvfp4:16:e4m3", "int3:64:bf16"])
+@pytest.mark.parametrize("key", ["int4:64:bf16", "nvfp4:16:e4m3", "int3:64:bf16", "fp8:0:fp32"])
 def test_gemv(chip: int, key: str) -> None:
     if not key.startswith("int4") and chip != 90:
         pytest.skip("one chip is enough for the other elements")
@@ -267,7 +267,7 @@ def test_gemv(chip: int, key: str) -> None:
         "DOT": triton.language.bfloat16,
         "BLOCK_M": 8,
         "BLOCK_N": 32,
-        "BLOCK_K": min(512, 16 * fmt.group_size),
+        "BLOCK_K": min(512, 16 * (fmt.group_size or 32)),
         "STAGES": 3,
     }
     types = {"weight_ptr": "*u8", "global_ptr": "*fp32"}

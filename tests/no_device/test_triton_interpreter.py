@@ -17,20 +17,62 @@ CHECK = Path(__file__).resolve().parents[2] / "bench" / "check_kernels.py"
 
 
 @pytest.fixture(scope="module")
-def checks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """All small checks; in a process of its own, for Triton reads the variable at its import."""
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Small checks and a few random shapes, in a process of their own: Triton reads the variable at its import."""
     out = tmp_path_factory.mktemp("interpreter") / "checks.json"
+    # The script imports its neighbours, which Python's safe path hides.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
     command = [sys.executable, str(CHECK), "--small", "--interpret", "--seed", "7"]
     done = subprocess.run(
-        [*command, "--out", str(out)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        [*command, "--random", "6", "--canaries", "--out", str(out)],
+        env={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(out.read_text())["checks"]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def checks(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return result["checks"]
+
+
+def test_random_shapes_between_canaries(result: dict[str, Any]) -> None:
+    assert len(result["random_shapes"]) == 7
+    assert all(row["tried"] == 6 and row["wrong"] == 0 for row in result["random_shapes"].values())
+
+
+@pytest.mark.parametrize("where", ["before", "after", "input"])
+def test_canaries_see_a_stray_write(where: str) -> None:
+    script = f"""
+import sys
+sys.path.insert(0, {str(CHECK.parent)!r})
+import random_shapes as r, torch
+from kernel_cases import CheckFailed
+def stray(x):
+    out = torch.empty((2, 8), dtype=torch.float32, device=x.device)
+    if {where!r} == "input":
+        x[0] = 1
+    else:
+        wide = out.as_strided((1,), (1,), out.storage_offset() + (-1 if {where!r} == "before" else 16))
+        wide.fill_(0)
+    return out
+r.launcher = lambda name: stray
+try:
+    r.guarded_call("cpu")("stray", (torch.zeros(4),))
+except CheckFailed as error:
+    print(error)
+    sys.exit(0)
+sys.exit("not caught")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ("to an input" if where == "input" else "outside an output") in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -55,7 +97,7 @@ def test_the_check_catches_a_wrong_byte(planted: str) -> None:
     script = f"""
 import sys
 sys.path.insert(0, {str(CHECK.parent)!r})
-import check_kernels as c, torch
+import check_kernels as c, kernel_cases, torch
 def wrong(name, args):
     data, scale = c.interpreted(name, args)
     if data.numel():
@@ -63,7 +105,7 @@ def wrong(name, args):
     return data, scale
 try:
     c.run_one("quantize", "int4:64:bf16", True, 0, wrong)
-except c.CheckFailed:
+except kernel_cases.CheckFailed:
     sys.exit(0)
 sys.exit("not caught")
 """
