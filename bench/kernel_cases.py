@@ -216,21 +216,8 @@ def norm_cases(key: str, small: bool, call: Call) -> Iterator[dict[str, Any]]:
         rotation = (fmt.group_size or 64) if permute else 0
         glob = torch.tensor(0.004) if fmt.two_level else None
         clip = torch.tensor(0.7) if permute else None
-        args = (
-            x,
-            norm,
-            weight,
-            bias,
-            1e-6,
-            scale,
-            mods[0],
-            perm,
-            glob,
-            clip,
-            key,
-            rotation,
-            carrier,
-        )
+        head = (x, norm, weight, bias, 1e-6, scale, mods[0])
+        args = (*head, perm, glob, clip, key, rotation, carrier)
         case = f"norm_quantize {key} {norm} {carrier} p{permute:d} r{rotation}"
         yield check_quantized(case, "norm_quantize", args, call, BOUNDS.FLIPPED_CODES)
 
