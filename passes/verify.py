@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from pq_fx.errors import GraphError
+from pq_fx.kernels.carriers import channels_carried
 from pq_fx.kernels.formats import Format
 from pq_fx.passes.channels import Propagation, propagate
 from pq_fx.passes.fold import axis_index
@@ -50,7 +51,7 @@ def _check_linear(
     data, packed, scales = tensor_meta(x), tensor_meta(weight), tensor_meta(scale)
     if data is None or packed is None or scales is None:
         raise GraphError(f"{node.name}: its input, packed weight or weight scale is missing")
-    channels = int(data.shape[-1])
+    channels = int(channels_carried(data))
     wanted = (fmt.packed_bytes(channels), fmt.groups(channels))
     found = (int(packed.shape[-1]), int(scales.shape[-1]))
     if wanted != found:

@@ -120,6 +120,38 @@ def test_ops_become_kernels_that_write_only_their_outputs(
             assert cloned <= outputs and cloned
 
 
+@pytest.mark.parametrize(
+    ("capability", "key", "carrier"),
+    [
+        ((8, 0), INT4, "int8"),
+        ((10, 0), "mxfp4:32:e8m0", "e2m1"),
+        ((8, 0), "mxfp4:32:e8m0", "codes"),
+    ],
+)
+def test_other_carriers_become_kernels_too(
+    hopper: None,
+    capability: tuple[int, int],
+    key: str,
+    carrier: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    def linear(x: Tensor, mod: Tensor, w: Tensor, s: Tensor, b: Tensor) -> Any:
+        norm = (x, "layer", None, None, 1e-6, mod, mod)
+        data, scale = pq.norm_quantize(*norm, None, None, None, key, 32, carrier)
+        if key != INT4:  # one byte a group
+            s = torch.empty((N, K // 32), dtype=torch.uint8, device=x.device)
+        return pq.linear(data, scale, None, key, w, s, None, key, b, torch.bfloat16)
+
+    graph = _functional_graph(linear, "cuda")
+    names = _targets(graph)
+    assert not [n for n in names if n.startswith("pq.")]
+    assert names.count("triton_kernel_wrapper_functional") == 2
+    assert names.count("aten._scaled_mm.default") == 0
+    assert {"aten.clone.default", "aten._to_copy.default"}.isdisjoint(names)
+
+
 def test_nothing_is_copied_between_a_quantizer_and_its_gemm(hopper: None) -> None:
     copies = {
         "aten.clone.default",
