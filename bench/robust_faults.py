@@ -1,162 +1,30 @@
-"""Faults: processes killed at random moments, full and read-only disks, missing tools and devices.
-
-Children are forked from a process that has imported everything, so a kill hits the work and not the imports.
-"""
+"""Full and read-only disks, missing tools and devices; with the kills of robust_kills.py."""
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
-import time
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from robust_kills import fork, kill_calibrate, kill_save, wait
 from robust_model import CONFIG, calibrated, fingerprint, float_model, inputs
 
 import pq_fx
-from pq_fx.errors import CalibrationError, CheckpointError, PQError
+from pq_fx.errors import CalibrationError, CheckpointError, UnsupportedDeviceError
+from pq_fx.kernels.devices import execution
+from pq_fx.kernels.formats import Format
 from pq_fx.statistics_file import load_statistics
 
-CALLS = 4
 Found = list[dict[str, Any]]
-
-
-def fork(work: Callable[[], None]) -> int:
-    """Run `work` in a child with its own Dynamo; returns its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        work()
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def wait(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def kill_at(work: Callable[[], None], seconds: float) -> bool:
-    """Kill a child with SIGKILL after this time; False where it was done before."""
-    child = fork(work)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            if status:
-                raise RuntimeError(f"the child failed by itself: {status}")
-            return False
-        time.sleep(0.0005)
-    os.kill(child, signal.SIGKILL)
-    wait(child)
-    return True
-
-
-def duration(work: Callable[[], None]) -> float:
-    start = time.monotonic()
-    if wait(fork(work)):
-        raise RuntimeError("the child failed without a kill")
-    return time.monotonic() - start
-
-
-# Kills -------------------------------------------------------------------------------------------
-
-
-def kill_calibrate(count: int, rng: random.Random, base: Path) -> dict[str, Any]:
-    """The statistics file holds every call whose save was done, bit by bit, and calibration goes on from it."""
-    known = {}
-    for calls in range(1, CALLS + 1):
-        calibrated(float_model(), calls=calls).save_statistics(base / "part")
-        known[(base / "part").read_bytes()] = calls
-
-    def work() -> None:
-        torch.compiler.reset()
-        model = float_model()
-        quantizer = pq_fx.prepare(model, CONFIG)
-        with (
-            torch.no_grad(),
-            quantizer.calibrate(progress=False, autosave=base / "s", autosave_seconds=0),
-        ):
-            for i in range(CALLS):
-                model(**inputs(i))
-                (base / "told").write_text(str(i + 1))
-
-    whole, tally = (
-        duration(work),
-        {"tried": 0, "killed": 0, "wrong": 0, "lost": 0, "calls kept": []},
-    )
-    for number in range(count):
-        for name in ("s", "told"):
-            (base / name).unlink(missing_ok=True)
-        tally["killed"] += kill_at(work, rng.uniform(0, whole))
-        tally["tried"] += 1
-        told = int((base / "told").read_text() or 0) if (base / "told").exists() else 0
-        held = known.get((base / "s").read_bytes()) if (base / "s").exists() else 0
-        tally["wrong"] += held is None
-        tally["lost"] += held is not None and held < told
-        tally["calls kept"].append(held)
-        if number % 10 == 0 and held:
-            resumed = pq_fx.prepare(float_model(), CONFIG, statistics=base / "s")
-            with torch.no_grad(), resumed.calibrate(progress=False, skip=held):
-                for i in range(CALLS):
-                    resumed.model(**inputs(i))
-            resumed.save_statistics(base / "resumed")
-            tally["wrong"] += known.get((base / "resumed").read_bytes()) != CALLS
-    return tally
-
-
-def kill_save(count: int, rng: random.Random, base: Path, *, convert: bool) -> dict[str, Any]:
-    """Saving over an older model, with converting before it or alone: the old or the new folder, whole."""
-    quantizer = calibrated(float_model())
-    quantizer.save_statistics(base / "s")
-    new = float_model()
-    pq_fx.prepare(new, CONFIG, statistics=base / "s").convert()
-    old = float_model()
-    pq_fx.prepare(
-        old, pq_fx.QuantConfig("int4", group_size=32, method="rtn"), statistics=base / "s"
-    ).convert()
-    known = {"old": fingerprint(old), "new": fingerprint(new)}
-    statistics = load_statistics(base / "s")
-
-    def work() -> None:
-        model = new
-        if convert:
-            model = float_model()
-            pq_fx.prepare(model, CONFIG, statistics=statistics).convert()
-        pq_fx.save(model, base / "m")
-
-    pq_fx.save(old, base / "m")
-    whole, tally = duration(work), {"tried": 0, "killed": 0, "wrong": 0, "lost": 0, "found": {}}
-    for _ in range(count):
-        pq_fx.save(old, base / "m")
-        for left in base.glob(".m.*"):
-            subprocess.run(["rm", "-r", str(left)], check=True)
-        tally["killed"] += kill_at(work, rng.uniform(0, whole))
-        tally["tried"] += 1
-        folder, place = base / "m", "m"
-        if not folder.exists():  # between the two renames
-            (folder,) = base.glob(".m.old-*")
-            place = ".m.old"
-        try:
-            loaded = fingerprint(pq_fx.load(folder, float_model(1)))
-        except PQError:
-            tally["lost"] += 1
-            continue
-        which = next((name for name, wanted in known.items() if wanted == loaded), None)
-        tally["wrong"] += which is None
-        tally["found"][f"{which} in {place}"] = tally["found"].get(f"{which} in {place}", 0) + 1
-    return tally
-
 
 # Disks -------------------------------------------------------------------------------------------
 
@@ -167,7 +35,7 @@ def full_disk(base: Path) -> Found:
     pq_fx.prepare(old, CONFIG, statistics=quantizer.statistics()).convert()
     base.mkdir()
     mounted = not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=180k", "tmpfs", str(base)],
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(base)],
         capture_output=True,
         check=False,
     ).returncode
@@ -202,7 +70,7 @@ def full_disk(base: Path) -> Found:
 
         wrong = wait(fork(body)) != 0
         after = {f: f.read_bytes() for f in base.rglob("*") if f.is_file()}
-        how = "tmpfs of 180 kB" if mounted else "RLIMIT_FSIZE"
+        how = "tmpfs of 400 kB" if mounted else "RLIMIT_FSIZE"
         found.append(
             {"fault": f"disk full ({how})", "wrong": int(wrong), "lost": int(after != before)}
         )
@@ -239,8 +107,6 @@ def read_only(base: Path) -> Found:
 
 
 def _named(kind: type[Exception], says: str, work: Callable[[], Any]) -> None:
-    import re
-
     try:
         work()
     except kind as error:
@@ -248,3 +114,105 @@ def _named(kind: type[Exception], says: str, work: Callable[[], Any]) -> None:
             raise AssertionError(f"{error} does not say {says}") from error
         return
     raise AssertionError(f"no {kind.__name__}")
+
+
+# Missing tools and devices -----------------------------------------------------------------------
+
+
+def missing(base: Path) -> Found:
+    """No g++, no GPU, no Triton, a chip without fp8 or without any path: what works works, the rest says what to do."""
+    base.mkdir()
+    found = [
+        {"fault": name, "wrong": int(wait(fork(partial(work, base))) != 0), "lost": 0}
+        for name, work in (("no g++", _no_compiler), ("no GPU", _no_gpu), ("old chips", _old_chips))
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", _NO_TRITON, str(Path(__file__).parent), str(base / "t")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        print(done.stderr[-2000:])
+    return [*found, {"fault": "no Triton", "wrong": int(done.returncode != 0), "lost": 0}]
+
+
+def _no_compiler(base: Path) -> None:
+    os.environ["PATH"] = "/nonexistent"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(base / "cache")
+    os.environ.pop("CXX", None)
+    _road(base / "g")
+    model = float_model()
+    calibrated(model).convert()
+    compiled = torch.compile(model, backend="permuquant")
+    with torch.no_grad():
+        says = "no C.. compiler|and this machine has none: install g"
+        _named(Exception, says, lambda: compiled(**inputs(7)))
+
+
+def _no_gpu(base: Path) -> None:
+    if torch.cuda.is_available():
+        raise AssertionError("this machine has a GPU")
+    _road(base / "n")
+    fmt = Format.parse("int4:64:bf16")
+    _named(
+        UnsupportedDeviceError,
+        "finds no CUDA device; use 'cpu'",
+        lambda: execution("cuda", fmt, fmt),
+    )
+
+
+def _old_chips(base: Path) -> None:
+    fmt = Format.parse("int4:64:bf16")
+    if execution("cuda", fmt, fmt, capability=(8, 0)).carrier != "codes":
+        raise AssertionError("fp8 on a chip without it")
+    for chip in ((7, 5), (6, 1), (13, 0)):
+        _named(
+            UnsupportedDeviceError,
+            "supported: cpu",
+            lambda chip=chip: execution("cuda", fmt, fmt, capability=chip),
+        )
+
+
+def _road(folder: Path) -> None:
+    """Calibrate, convert, run, save and load, without compiling."""
+    torch.compiler.reset()
+    model = float_model()
+    calibrated(model).convert()
+    pq_fx.save(model, folder)
+    if fingerprint(pq_fx.load(folder, float_model(1))) != fingerprint(model):
+        raise AssertionError("other numbers")
+
+
+_NO_TRITON = """
+import sys
+sys.modules["triton"] = None
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import robust_faults
+robust_faults._road(Path(sys.argv[2]))
+"""
+
+
+def run_faults(kills: int, seed: int, work: Path) -> dict[str, Any]:
+    """Every fault; `kills` processes are killed in each of calibrate, convert and save, and save alone."""
+    torch.set_num_threads(1)  # other threads do not survive a fork
+    rng = random.Random(seed)
+    parts: dict[str, Any] = {}
+    for name in ("calibrate", "convert and save", "save"):
+        base = work / name
+        base.mkdir(parents=True)
+        if name == "calibrate":
+            parts[name] = kill_calibrate(kills, rng, base)
+        else:
+            parts[name] = kill_save(kills, rng, base, convert=name != "save")
+        print(f"killed in {name}:", parts[name], flush=True)
+    faults = [*full_disk(work / "full"), *read_only(work / "locked"), *missing(work / "missing")]
+    print(faults, flush=True)
+    every = [*parts.values(), *faults]
+    return {
+        "tried": sum(p["tried"] for p in parts.values()) + len(faults),
+        "wrong": sum(p["wrong"] for p in every),
+        "lost": sum(p["lost"] for p in every),
+        "kills": parts,
+        "faults": faults,
+        "seed": seed,
+    }

@@ -14,22 +14,17 @@ import argparse
 import json
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import safetensors
-import torch
-import triton
+from robust_faults import run_faults
 from robust_mutations import run_mutations
 
 
 def versions() -> dict[str, str]:
-    found = torch, triton, diffusers, safetensors
-    return {m.__name__: m.__version__ for m in found} | {
-        "python": sys.version.split()[0],
-        "device": "cpu",
-    }
+    names = "torch", "triton", "diffusers", "safetensors"
+    return {n: version(n) for n in names} | {"python": sys.version.split()[0], "device": "cpu"}
 
 
 def store(out: Path, part: str, result: dict[str, Any]) -> None:
@@ -42,13 +37,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["mutations"])
+    parser.add_argument("part", choices=["mutations", "faults"])
     parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        result = run_mutations(args.count, args.seed, Path(work))
+        if args.part == "mutations":
+            result = run_mutations(args.count, args.seed, Path(work))
+        else:
+            result = run_faults(args.kills, args.seed, Path(work))
     print(json.dumps({k: v for k, v in result.items() if k not in ("by_kind", "found")}, indent=1))
     if args.out:
         store(args.out, args.part, result)

@@ -38,6 +38,7 @@ __all__ = [
     "get_data",
     "hint",
     "is_fake",
+    "lacks_compiler",
     "list_mode_options",
     "make_fx",
     "real_mode",
@@ -104,6 +105,15 @@ def decompose_when_functional(op: torch._ops.OpOverload, function: Callable[...,
         return mode.__torch_dispatch__(op, types, args, kwargs)
 
     torch.library.register_torch_dispatch(op, FunctionalTensorMode, rule)
+
+
+def lacks_compiler(error: BaseException | None) -> bool:
+    """Whether Inductor failed because the machine has no C++ compiler."""
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    while error is not None and not isinstance(error, InvalidCxxCompiler):
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+    return error is not None
 
 
 def dynamo_root() -> torch.nn.Module | None:

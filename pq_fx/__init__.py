@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pq_fx import integrations
+from pq_fx import integrations, requirements  # noqa: F401 - requirements checks versions before the rest
 from pq_fx.backend import permuquant
 from pq_fx.checkpoint import load, save
 from pq_fx.config import QuantConfig

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pq_fx import inductor
 from pq_fx.calibrate import ObservedGraph
 from pq_fx.config import QuantConfig
-from pq_fx.errors import ConfigError
+from pq_fx.errors import ConfigError, UnsupportedDeviceError
 from pq_fx.kernels.ops import decompositions
 from pq_fx.modules import quantized_linears
 from pq_fx.passes import _torch, verify
@@ -63,7 +63,10 @@ def compile_quantized(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Compiled:
-    """Retrace, lower and hand a quantized model's graph to Inductor."""
+    """Retrace, lower and hand a quantized model's graph to Inductor.
+
+    Raises UnsupportedDeviceError where a CPU graph has no C++ compiler.
+    """
     traced = retrace(gm)
     counts = lower(traced)
     verify.verify_graph(traced)
@@ -72,12 +75,20 @@ def compile_quantized(
     if mode and mode != "default":
         patches.update(_torch.list_mode_options(mode))
     patches.update(options or {})
-    return _torch.compile_fx(
-        traced,
-        list(example_inputs),
-        config_patches=patches,
-        decompositions=_decompositions(example_inputs),
-    )
+    try:
+        return _torch.compile_fx(
+            traced,
+            list(example_inputs),
+            config_patches=patches,
+            decompositions=_decompositions(example_inputs),
+        )
+    except Exception as error:
+        if not _torch.lacks_compiler(error):
+            raise
+        raise UnsupportedDeviceError(
+            "Inductor compiles for the CPU with a C++ compiler, and this machine has none: install g++ (or name one "
+            "by CXX), or call the model without torch.compile, which gives the same numbers"
+        ) from error
 
 
 def _decompositions(example_inputs: Sequence[Any]) -> dict[Any, Compiled] | None:

@@ -23,6 +23,10 @@ class DeviceMemoryError(PQError, RuntimeError):
     """A device ran out of memory; the message says how much was wanted. Nothing was changed."""
 
 
+class UnsupportedVersionError(PQError, ImportError):
+    """An installed package is of a version that pq_fx does not work with; the message says which does."""
+
+
 class GraphError(PQError, RuntimeError):
     """A graph breaks a rule that the passes rely on; nothing was changed."""
 
