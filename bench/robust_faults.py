@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from robust_kills import fork, kill_calibrate, kill_save, wait
@@ -34,11 +35,7 @@ def full_disk(base: Path) -> Found:
     old, quantizer = float_model(), calibrated(float_model())
     pq_fx.prepare(old, CONFIG, statistics=quantizer.statistics()).convert()
     base.mkdir()
-    mounted = not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(base)],
-        capture_output=True,
-        check=False,
-    ).returncode
+    mounted = not _command("mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(base))
     found: Found = []
     try:
         pq_fx.save(old, base / "m")
@@ -76,34 +73,51 @@ def full_disk(base: Path) -> Found:
         )
     finally:
         if mounted:
-            subprocess.run(["umount", str(base)], check=True)
+            _command("umount", str(base))
     return found
 
 
 def read_only(base: Path) -> Found:
-    """A folder of another user: loading works, saving is refused by name."""
+    """A folder that cannot be written: loading works, saving is refused by name."""
     model = float_model()
     quantizer = calibrated(model)
     base.mkdir()
-    quantizer.save_statistics(base / "s")
-    quantizer.convert()
-    pq_fx.save(model, base / "m")
-    for folder in (base, base / "m"):
-        folder.chmod(0o555)
-    want = fingerprint(model)
+    root = os.getuid() == 0  # whom permissions do not stop
+    mounted = root and not _command("mount", "-t", "tmpfs", "tmpfs", str(base))
+    how = "mount" if mounted else "simulated" if root else "permissions"
+    try:
+        quantizer.save_statistics(base / "s")
+        quantizer.convert()
+        pq_fx.save(model, base / "m")
+        want = fingerprint(model)
+        if mounted:
+            _command("mount", "-o", "remount,ro", str(base))
+        elif not root:
+            base.chmod(0o555)
 
-    def body() -> None:
-        if os.getuid() == 0:
-            os.setgid(65534)
-            os.setuid(65534)
-        if fingerprint(pq_fx.load(base / "m", float_model(1))) != want:
-            raise AssertionError("loaded other numbers")
-        load_statistics(base / "s")
-        _named(CheckpointError, "Permission denied", lambda: pq_fx.save(model, base / "m"))
-        _named(CalibrationError, "Permission denied", lambda: quantizer.save_statistics(base / "s"))
+        def body() -> None:
+            if fingerprint(pq_fx.load(base / "m", float_model(1))) != want:
+                raise AssertionError("loaded other numbers")
+            load_statistics(base / "s")
+            if how == "simulated":
+                mock.patch.object(
+                    Path, "mkdir", side_effect=PermissionError("Permission denied")
+                ).start()
+            says = "cannot be written: .*(Permission denied|Read-only)"
+            _named(CheckpointError, says, lambda: pq_fx.save(model, base / "m"))
+            _named(CalibrationError, says, lambda: quantizer.save_statistics(base / "s"))
 
-    base.parent.chmod(0o755)
-    return [{"fault": "folder read-only", "wrong": int(wait(fork(body)) != 0), "lost": 0}]
+        return [
+            {"fault": f"folder read-only ({how})", "wrong": int(wait(fork(body)) != 0), "lost": 0}
+        ]
+    finally:
+        if mounted:
+            _command("umount", str(base))
+        base.chmod(0o755)
+
+
+def _command(*words: str) -> int:
+    return subprocess.run(words, capture_output=True, check=False).returncode
 
 
 def _named(kind: type[Exception], says: str, work: Callable[[], Any]) -> None:
