@@ -78,9 +78,14 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
 
 
 def add_where(command: argparse.ArgumentParser) -> None:
-    """Arguments of `dtype_of`, and --device."""
+    """Arguments of `dtype_of`, --device and --offload."""
     where = command.add_argument_group("where to compute")
     where.add_argument("--device", default="cpu", help="cpu, or cuda for a GPU")
+    where.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep the pipeline on the CPU and move one model at a time, where DEVICE does not hold them all",
+    )
     where.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),

@@ -65,7 +65,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     drawn = []
     for name, folder in zip("AB", folders, strict=True):
         console.print(f"{name}: loading {folder}", highlight=False)
-        pipe = pipelines.load(folder, dtype, arguments.device)
+        pipe = pipelines.load(folder, dtype, arguments.device, arguments.offload)
         sampling.of_call(pipe)
         pictures = []
         for number, prompt in enumerate(prompts):

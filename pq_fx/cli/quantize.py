@@ -91,7 +91,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
     console = Console(stderr=True)
     console.print(f"loading {folder}", highlight=False)
-    pipe = pipelines.load(folder, dtype, arguments.device)
+    pipe = pipelines.load(folder, dtype, arguments.device, arguments.offload)
     sampling.of_call(pipe)
     model = getattr(pipe, arguments.component)
     quantizer = prepare(model, config, statistics=gathered)
@@ -106,6 +106,9 @@ def _quantize(arguments: argparse.Namespace) -> None:
                         file=sys.stderr,
                     )
                 raise
+    if arguments.offload:  # it is alone on the device now
+        pipe.remove_all_hooks()
+        model.to(arguments.device)
     report = quantizer.convert()
     with pipelines.new_folder(arguments.out, arguments.overwrite, folder) as fresh:
         pipe.save_pretrained(fresh)

@@ -69,8 +69,12 @@ def check_folder(folder: str | os.PathLike[str], component: str | None = None) -
     return path
 
 
-def load(folder: str | os.PathLike[str], dtype: torch.dtype, device: str) -> Any:
+def load(
+    folder: str | os.PathLike[str], dtype: torch.dtype, device: str, offload: bool = False
+) -> Any:
     """The pipeline of a folder, float or quantized, on `device`, without progress bars.
+
+    With `offload` its models are on the CPU, and each goes to `device` while it runs.
 
     Raises:
         PipelineError: diffusers cannot load it, or is too old to load it in `dtype`.
@@ -94,7 +98,10 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype, device: str) -> Any
             f"asked for {dtype}, diffusers {diffusers.__version__} loaded {', '.join(sorted(found))}; upgrade diffusers"
         )
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    if not offload:
+        return pipe.to(device)
+    pipe.enable_model_cpu_offload(device=device)
+    return pipe
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def quantize(source: Path, out: Path, *more: object, size: list[str] | None = No
         json.dumps(SETTINGS),
         *map(str, more),
     ]
+    torch._dynamo.reset()  # each command is a process of its own
     return cli.main(["quantize", *arguments, *(SIZE + SHORT if size is None else size)])
 
 
@@ -163,6 +164,12 @@ def test_an_older_folder_is_replaced_only_when_asked(
     assert weights(out) != before
     assert quantize(out, tmp_path / "twice", "--method", "rtn") == 2  # it is quantized already
     assert "quantized linears already" in " ".join(capsys.readouterr().err.split())
+
+
+def test_offload_changes_nothing(flux: Path, prompts: Path, tmp_path: Path) -> None:
+    for name, more in (("a", []), ("b", ["--offload"])):
+        assert quantize(flux, tmp_path / name, "--prompts", prompts, "--num-prompts", 1, *more) == 0
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
 def test_a_failure_while_saving_leaves_nothing(
