@@ -26,6 +26,7 @@ from pq_fx.checkpoint_config import (
     checksum,
     read_config,
     read_report,
+    report_text,
     ties,
 )
 from pq_fx.checkpoint_files import (
@@ -56,7 +57,7 @@ from pq_fx.errors import CheckpointError
 from pq_fx.modules import quantized_linears
 from pq_fx.pointwise import linearized
 from pq_fx.report import Report
-from pq_fx.storage import atomic_folder, sha256, writing
+from pq_fx.storage import atomic_folder, writing
 
 
 def save(
@@ -98,7 +99,7 @@ def save(
     size = partial(sum, (t.nbytes for t in tensors.values()))
     with writing(path, CheckpointError, size), atomic_folder(path, _only_a_checkpoint) as folder:
         if report is not None:
-            (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+            (folder / REPORT_FILE).write_text(report_text(report), encoding="utf-8")
         quantization = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -106,7 +107,6 @@ def save(
             "dtype": str(model_dtype(model, tensors)).removeprefix("torch."),
             "tied": tied_names(model),
             "weights": write_weights(tensors, folder, stem(model), max_shard_size),
-            "report": None if report is None else sha256(folder / REPORT_FILE),
             **Plan.of_model(linears).to_dict(),
         }
         config = model_config(model) | {"quantization_config": quantization}
@@ -138,7 +138,7 @@ def load(
     config = read_config(folder)
     plan = Plan.from_dict(config)
     ties(config)
-    report = read_report(folder, config)
+    report = read_report(folder)
     with linearized(inner, plan.pointwise_names()):
         plan.check_model(inner)
         tensors = dict(read_tensors(check_weights(folder, config.get("weights"))))

@@ -7,6 +7,7 @@ patch size) decide its numbers as much as ours do.
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 from pq_fx import strict_json
 from pq_fx.errors import CheckpointError, PQError
 from pq_fx.report import Report
-from pq_fx.storage import sha256
 
 QUANT_METHOD = "permuquant"
 FORMAT_VERSION = 3
@@ -101,24 +101,28 @@ def ties(config: Mapping[str, Any]) -> dict[str, str]:
     return tied
 
 
-def read_report(folder: Path, config: Mapping[str, Any] | None = None) -> Report | None:
-    """The report that was saved beside a model; None if there is none.
+def report_text(report: Report) -> str:
+    """The report as it is saved: with a checksum of its own, since its seconds differ where models are equal."""
+    plain = report.to_dict()
+    whole = plain | {CHECKSUM: strict_json.digest(plain)}
+    return json.dumps(whole, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
-    `config` is the `quantization_config`, which knows the report's checksum; None: it is not compared.
-    """
+
+def read_report(folder: Path) -> Report | None:
+    """The report that was saved beside a model; None if there is none."""
     file = folder / REPORT_FILE
     try:
         if not file.exists():
             return None
         plain = strict_json.read(file)
-        known = config is not None and config.get("format_version") != _WITHOUT_CHECKSUM
-        if config is not None and known and sha256(file) != config["report"]:
+        known = plain.pop(CHECKSUM, None) if isinstance(plain, dict) else None
+        if known is not None and known != strict_json.digest(plain):
             raise CheckpointError(
-                f"{file} does not have the checksum that {CONFIG_FILE} expects: it was damaged or "
-                "changed. Copy it again, or delete it: the model loads without it."
+                f"{file} does not have the checksum that it names: it was damaged or changed. Copy it again, or "
+                "delete it: the model loads without it."
             )
         return Report.from_dict(plain)
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, PQError) as error:
+    except (OSError, ValueError, PQError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error

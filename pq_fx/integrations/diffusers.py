@@ -157,7 +157,7 @@ class PermuQuantizer(DiffusersQuantizer):
                 "changed, or a variant was asked for that pq_fx did not save"
             )
         self._record = applied.from_tensors(dict(read_tensors(files, applied.is_record)))
-        self._report = checkpoint_config.read_report(folder, config)
+        self._report = checkpoint_config.read_report(folder)
         return [key for key in loaded_keys if not applied.is_record(key)]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:

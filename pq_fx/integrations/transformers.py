@@ -86,7 +86,7 @@ class PermuQuantHfQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"{', '.join(foreign)} would be read, but config.json in {folder} does not list it"
             )
-        self.report = checkpoint_config.read_report(folder, config)
+        self.report = checkpoint_config.read_report(folder)
         with torch.device("cpu"):  # transformers has the meta device switched on here
             self.record = applied.from_tensors(dict(read_tensors(files, applied.is_record)))
         linearize(model, self.plan.pointwise_names())
