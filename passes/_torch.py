@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
 from torch._inductor import list_mode_options
@@ -33,6 +34,7 @@ __all__ = [
     "detect_fake_mode",
     "dim_expr",
     "dynamo_root",
+    "dynamo_scope",
     "dynamo_value",
     "every_graph",
     "get_data",
@@ -43,6 +45,7 @@ __all__ = [
     "make_fx",
     "real_mode",
     "select_decomp_table",
+    "skip_code",
     "statically_known_true",
     "trace_pre_dispatch",
     "unset_fake_temporarily",
@@ -116,15 +119,20 @@ def lacks_compiler(error: BaseException | None) -> bool:
     return error is not None
 
 
-def dynamo_root() -> torch.nn.Module | None:
-    """The module whose forward Dynamo is compiling just now (`self` of the root frame), or None."""
+def dynamo_scope() -> dict[str, Any]:
+    """The locals of the frame that Dynamo is compiling just now, as it was entered; empty outside Dynamo."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         output = InstructionTranslator.current_tx().output
     except AttributeError:
-        return None
-    root = output.local_scope.get("self")
+        return {}
+    return dict(output.local_scope)
+
+
+def dynamo_root() -> torch.nn.Module | None:
+    """The module whose forward Dynamo is compiling just now (`self` of the root frame), or None."""
+    root = dynamo_scope().get("self")
     return root if isinstance(root, torch.nn.Module) else None
 
 

@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import fx
 
 from pq_fx.errors import GraphError
@@ -185,16 +183,12 @@ class Propagation:
         count = self._count
         a = np.concatenate([x for x, _ in self._equal] or [NOTHING])
         b = np.concatenate([y for _, y in self._equal] or [NOTHING])
-        graph = coo_matrix((np.ones(a.size, np.int8), (a, b)), shape=(count, count))
-        n, of = connected_components(graph, directed=False) if count else (0, NOTHING)
-        of = of.astype(np.int64)
+        n, of = components(a, b, count)
 
         kind = np.zeros(n, np.uint64)
-        for i, ((param, axis), space) in enumerate(sorted(self.axes.items())):
-            del param, axis
-            np.add.at(
-                kind, of[space.atoms], _mix(np.uint64(2 * i + 1), np.zeros(space.size, np.uint64))
-            )
+        for i, (_, space) in enumerate(sorted(self.axes.items())):
+            own = of[space.first : space.first + space.size]
+            np.add.at(kind, own, _mix(np.uint64(2 * i + 1), np.zeros(1, np.uint64)))
         for i, tag in enumerate(self._tags):
             mixed = _mix(np.uint64(2 * i + 2), tag.coordinate.astype(np.uint64))
             np.add.at(kind, of[tag.labels], mixed)
@@ -207,6 +201,28 @@ class Propagation:
         return Channels(
             self.axes, of, kind, pinned, normed, list(self._reasons), self.inputs, self._tags
         )
+
+
+def components(a: np.ndarray, b: np.ndarray, count: int) -> tuple[int, np.ndarray]:
+    """Join atoms a[i] and b[i]; returns the number of classes and the class of each atom, int64 [count].
+
+    Each round hooks the larger root of every pair that is still apart to the smaller one and shortens all paths, so
+    that long chains (a residual stream) take few rounds (Shiloach and Vishkin, 1982).
+    """
+    root = np.arange(count)
+    while a.size:
+        a, b = root[a], root[b]
+        apart = a != b
+        a, b = a[apart], b[apart]
+        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+        while True:
+            shorter = root[root]
+            if np.array_equal(shorter, root):
+                break
+            root = shorter
+    first = root == np.arange(count)
+    number = np.cumsum(first) - 1
+    return int(first.sum()), number[root]
 
 
 def _mix(source: np.uint64, coordinate: np.ndarray) -> np.ndarray:

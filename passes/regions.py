@@ -193,13 +193,11 @@ def _region(
 
 def _movable(points: list[Point], classes: dict[str, np.ndarray], channels: Channels) -> np.ndarray:
     """Which classes may be moved by folding: unpinned, with a like class to change places with."""
-    held = (
-        np.unique(np.concatenate([classes[p.name] for p in points]))
-        if points
-        else np.zeros(0, np.int64)
-    )
+    held = np.zeros(channels.kind.size, bool)
+    for p in points:
+        held[classes[p.name]] = True
     movable = np.zeros(channels.kind.size, bool)
-    free = held[channels.pinned[held] < 0]
+    free = np.flatnonzero(held & (channels.pinned < 0))
     _, inverse, counts = np.unique(channels.kind[free], return_inverse=True, return_counts=True)
     movable[free] = (counts > 1)[inverse]
     return movable

@@ -24,6 +24,7 @@ from pq_fx.passes import _torch, verify
 from pq_fx.passes.lower import lower, quantized_operations
 from pq_fx.passes.retrace import retrace
 from pq_fx.quantizer import Quantizer
+from pq_fx.seen import arguments_of, check_compiled, tensors_of
 
 log = logging.getLogger("pq_fx")
 Compiled = Callable[..., Any]
@@ -45,6 +46,7 @@ def permuquant(
     """
     settings, rest = _split(options or {})
     root = _torch.dynamo_root()
+    check_compiled(root, _torch.dynamo_scope())
     if _is_quantized(gm, root):
         return compile_quantized(gm, example_inputs, mode=mode, options=rest)
     if root is None or STEPS not in settings:
@@ -114,6 +116,7 @@ class _FirstCalls:
     """Calibrates a float model in its first `steps` calls, then converts it."""
 
     def __init__(self, model: nn.Module, config: QuantConfig, steps: int) -> None:
+        self.model: nn.Module | None = model
         self.quantizer: Quantizer | None = Quantizer(model, config)
         self.observer = self.quantizer.observer()
         self.steps = steps
@@ -122,7 +125,14 @@ class _FirstCalls:
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         """Watch one graph."""
+        assert self.model is not None
         run = self.observer(gm, example_inputs)
+        statistics = self.observer.statistics
+        frame = arguments_of(self.model, _torch.dynamo_scope())
+        if frame is not None:
+            statistics.inputs |= set(tensors_of(self.model, *frame))
+        # Whether one call came in several graphs shows in the second call; till then it is assumed.
+        statistics.broken |= self.steps < 2 or statistics.graphs > 1
         if self.leader is None:
             self.leader = example_inputs[next(iter(run.params.values()))]
         return lambda *args: self._call(run, args)
@@ -148,7 +158,7 @@ class _FirstCalls:
     def _let_go(self, model: nn.Module) -> None:
         """Dynamo keeps this object with its compiled graphs; the float weights must not live as long."""
         self.observer.close()
-        self.quantizer = self.leader = None
+        self.model = self.quantizer = self.leader = None
         _calibrating.pop(model, None)
 
 

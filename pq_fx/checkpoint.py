@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pq_fx import applied, integrations
+from pq_fx import applied, integrations, seen
 from pq_fx.checkpoint_config import (
     CHECKSUM,
     CONFIG_FILE,
@@ -106,6 +106,7 @@ def save(
             "config": None if report is None else report.config.to_dict(),
             "dtype": str(model_dtype(model, tensors)).removeprefix("torch."),
             "tied": tied_names(model),
+            "seen": seen.to_config(model),
             "weights": write_weights(tensors, folder, stem(model), max_shard_size),
             **Plan.of_model(linears).to_dict(),
         }
@@ -139,6 +140,7 @@ def load(
     plan = Plan.from_dict(config)
     ties(config)
     report = read_report(folder)
+    saw = seen.from_config(inner, config)
     with linearized(inner, plan.pointwise_names()):
         plan.check_model(inner)
         tensors = dict(read_tensors(check_weights(folder, config.get("weights"))))
@@ -146,6 +148,7 @@ def load(
         applied.check(record, float_shapes(inner, plan))
         fill(inner, plan, {n: v for n, v in tensors.items() if not applied.is_record(n)}, device)
         applied.note(inner, record)
+    seen.attach(inner, *saw)
     inner.eval()
     if report is not None:
         report.attach(inner)

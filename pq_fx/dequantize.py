@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pq_fx import applied
+from pq_fx import applied, seen
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.pack import unpack
 from pq_fx.kernels.reference import Quantized, rotate
@@ -57,6 +57,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         parent, _, child = name.rpartition(".")
         setattr(inner.get_submodule(parent), child, made[id(linear)])
     applied.undo(inner)
+    seen.detach(inner)
     restore(inner)
     return model
 

@@ -39,6 +39,10 @@ class CheckpointError(PQError, RuntimeError):
     """A saved model is damaged, of another version, or of another architecture."""
 
 
+class UnseenError(PQError, RuntimeError):
+    """A quantized model is given a tensor, or enters a branch, that no call of its calibration had."""
+
+
 class LoraError(PQError, RuntimeError):
     """An adapter cannot be used with a quantized model; the message names the way that works."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pq_fx import integrations
+from pq_fx import applied, integrations, seen
 from pq_fx.calibrate import Observer
 from pq_fx.config import QuantConfig
 from pq_fx.convert import convert, out_of_memory
@@ -171,10 +171,13 @@ class Quantizer:
         # What is packed now must be usable outside inference mode, too.
         with torch.inference_mode(False), linearized(self.model):
             self._statistics.check_model(self.model)
+            unseen = self._statistics.unseen_modules(self.model)
             try:
                 report = convert(self.model, self._statistics, self.config, progress)
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(self.model, error) from error
+        if applied.of_model(self.model):  # else every channel is where the float model has it
+            seen.attach(self.model, self._statistics.inputs, unseen)
         report = replace(report, layers=(*report.layers, *self._not_seen()))
         self._converted = True
         self.model.quantization_report = report  # type: ignore[assignment]

@@ -15,6 +15,7 @@ from pq_fx.calibrate import Observer
 from pq_fx.errors import CalibrationError
 from pq_fx.passes import observe
 from pq_fx.progress import CalibrationProgress
+from pq_fx.seen import tensors_of
 from pq_fx.statistics import ModelId, Statistics
 from pq_fx.statistics_file import save_statistics
 
@@ -124,6 +125,8 @@ class Session:
                     self.statistics.calls += 1
                     self.statistics.seeds |= {self._seed}
                     self.statistics.model = self._id
+                    self.statistics.inputs |= set(tensors_of(self.model, args, kwargs))
+                    self.statistics.broken |= self.statistics.graphs - before.graphs > 1
             except BaseException:
                 self._undo(journal, before)
                 raise

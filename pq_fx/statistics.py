@@ -17,7 +17,7 @@ from pq_fx.errors import CalibrationError
 from pq_fx.passes import observe
 from pq_fx.passes.verify import verify_folds
 from pq_fx.plan import Plan, rename_region
-from pq_fx.pointwise import linearized
+from pq_fx.pointwise import PointwiseConv, linearized
 
 # Elements of each parameter that tell one set of weights from another.
 _PROBES = 32
@@ -80,6 +80,8 @@ class Statistics:
         graphs: graphs that were traced in this process.
         seeds: of the samples; statistics that share one cannot be merged.
         model: what it was gathered on; None until the first call.
+        inputs: names of the tensors that calls were given (seen.py); empty where that is not known.
+        broken: a call came in several graphs, with modules between them that no graph shows.
         note: anything plain that a caller wants to find again in the file, e.g. how far its prompts got.
     """
 
@@ -89,6 +91,8 @@ class Statistics:
     graphs: int = 0
     seeds: frozenset[int] = frozenset()
     model: ModelId | None = None
+    inputs: frozenset[str] = frozenset()
+    broken: bool = False
     note: dict[str, object] = field(default_factory=dict)
     # Each graph with the names of its parameters, to check that folds are closed before anything is changed.
     bound: list[tuple[fx.GraphModule, dict[str, str], dict[str, torch.Size]]] = field(
@@ -106,6 +110,22 @@ class Statistics:
         fresh = before.snapshot()
         for f in fields(self):
             setattr(self, f.name, getattr(fresh, f.name))
+
+    def unseen_modules(self, model: nn.Module) -> tuple[str, ...]:
+        """Modules of the float model with parameters of which no graph read any.
+
+        None where the model broke the graph: modules in between ran unseen, on values that no permutation reaches.
+        """
+        if self.broken:
+            return ()
+        read = frozenset().union(*(facts.params for facts in self.plan.graphs))
+        names = {id(p): n for n, p in model.named_parameters()}  # the first name of a tied one
+        own = ((m, list(module.parameters(recurse=False))) for m, module in model.named_modules())
+        unseen = [m for m, ps in own if m and ps and not any(names[id(p)] in read for p in ps)]
+        pointwise = {
+            f"{m}.linear" for m, c in model.named_modules() if isinstance(c, PointwiseConv)
+        }
+        return tuple(m.removesuffix(".linear") if m in pointwise else m for m in unseen)
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of two runs on one model, as a new object.
@@ -125,6 +145,8 @@ class Statistics:
             graphs=self.graphs + other.graphs,
             seeds=self.seeds | other.seeds,
             model=self.model or other.model,
+            inputs=self.inputs | other.inputs,
+            broken=self.broken or other.broken,
             note=dict(self.note),
             bound=[*self.bound, *other.bound],
         )

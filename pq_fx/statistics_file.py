@@ -140,6 +140,8 @@ def describe(statistics: Statistics, arrays: list[np.ndarray]) -> dict[str, Any]
         "calls": statistics.calls,
         "seeds": sorted(statistics.seeds),
         "model": None if model is None else [model.kind, model.shapes, model.values],
+        "inputs": sorted(statistics.inputs),
+        "broken": statistics.broken,
         "note": statistics.note,
         "points": list(statistics.moments),
         "plan": [_graph(facts, arrays) for facts in statistics.plan.graphs],
@@ -155,6 +157,8 @@ def restore(header: dict[str, Any], arrays: list[np.ndarray]) -> Statistics:
         calls=int(header["calls"]),
         seeds=frozenset(int(s) for s in header["seeds"]),
         model=None if model is None else ModelId(*model),
+        inputs=frozenset(header["inputs"]),
+        broken=bool(header["broken"]),
         note=dict(header["note"]),
     )
 

@@ -16,7 +16,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from pq_fx import applied, checkpoint_config, checkpoint_model
+from pq_fx import applied, checkpoint_config, checkpoint_model, seen
 from pq_fx.checkpoint_files import check_weights, read_tensors
 from pq_fx.checkpoint_plan import Plan, check_kind
 from pq_fx.config import QuantConfig
@@ -263,6 +263,7 @@ class PermuQuantizer(DiffusersQuantizer):
         if self._report is not None:
             self._report.attach(model)
         applied.note(model, self._record)
+        seen.attach(model, *seen.from_config(model, self.quantization_config.stored))
         methods.take_over(model)
         return model
 

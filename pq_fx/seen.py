@@ -1,0 +1,206 @@
+"""What calibration saw of a model, and the refusal of what it did not see.
+
+Folded permutations are proven for the graphs that calibration met. A ControlNet's residuals that are passed only
+later would be added to permuted channels, and a branch that no call took would read them: wrong pictures without a
+word. So a converted model knows the names of the tensors that its calibration was given and the modules that it never
+entered, and a call with other ones raises `UnseenError` before anything is computed.
+
+    calibrated with      hidden_states, timestep
+    called with          hidden_states, timestep, controlnet_block_samples    -> UnseenError, names the argument
+    called with          hidden_states, timestep, a mask of integers or bools -> runs: it carries no channels
+
+A compiled model is checked when Dynamo compiles it, which it does for each new set of arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pq_fx.errors import CheckpointError, UnseenError
+from pq_fx.passes._torch import skip_code
+
+_WHAT_TO_DO = (
+    "Calibrate with everything switched on that you will use: give it to the model in some call "
+    "inside calibrate()"
+)
+
+
+def tensors_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, bool]:
+    """The tensors of one call by name, and whether each is of floating point.
+
+    A name is the argument's, with the keys of dicts behind dots; lists count as one
+    (`joint_attention_kwargs.ip_adapter_image_embeds`). Empty where the arguments do not fit `model.forward`.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError:
+        return {}  # the call says so itself
+    named: dict[str, Any] = {}
+    for name, value in bound.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        else:
+            named[name] = value
+    found: dict[str, bool] = {}
+    for name, value in _leaves("", named):
+        found[name] = found.get(name, False) or value.is_floating_point()
+    return found
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(f"{path}.{key}" if path else str(key), item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(path, item)
+
+
+class SeenInputs:
+    """A forward pre-hook of a converted model: refuses floating-point tensors that calibration was never given."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise UnseenError for an argument that calibration never saw."""
+        if not torch.compiler.is_compiling():  # else the backend checks
+            torch.compiler.disable(self.check)(model, args, kwargs)
+
+    def check(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise UnseenError for an argument that calibration never saw."""
+        given = tensors_of(model, args, kwargs)
+        unseen = [name for name, floating in given.items() if floating and name not in self.names]
+        if unseen:
+            raise UnseenError(
+                f"{type(model).__name__} is called with {', '.join(unseen)}, which no call of its calibration had "
+                f"(those had {', '.join(sorted(self.names))}). Channels are folded into another order, proven only "
+                f"for what calibration saw; this tensor may meet them in the wrong order. {_WHAT_TO_DO}. If it is "
+                f"a mask or another tensor without hidden channels: pq_fx.allow_input(model, {unseen[0]!r})"
+            )
+
+
+# Where Dynamo starts at the model's forward, it would compile the hook apart, for ever as one of a call that compiles.
+skip_code(SeenInputs.__call__.__code__)
+
+
+class UnseenModule:
+    """A forward pre-hook of a module whose parameters no graph of calibration read."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Raise UnseenError."""
+        raise UnseenError(
+            f"{self.name} ({type(module).__name__}) runs, but no call of the calibration reached it. Channels are "
+            "folded into another order, proven only for what calibration saw; this branch may meet them in the "
+            f"wrong order. {_WHAT_TO_DO}"
+        )
+
+
+def attach(model: nn.Module, inputs: frozenset[str], modules: tuple[str, ...]) -> None:
+    """Let a converted model refuse what is neither in `inputs` (empty: nothing is known) nor outside `modules`."""
+    detach(model)
+    if inputs:
+        model.register_forward_pre_hook(SeenInputs(inputs), with_kwargs=True)
+    for name in modules:
+        model.get_submodule(name).register_forward_pre_hook(UnseenModule(name))
+
+
+def detach(model: nn.Module) -> None:
+    """Take the refusals off: the model has its own order of channels again."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, (SeenInputs, UnseenModule)):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def attached(model: nn.Module) -> tuple[frozenset[str], tuple[str, ...]]:
+    """What `attach` was given."""
+    guard = _guard(model)
+    hooks = (h for m in model.modules() for h in m._forward_pre_hooks.values())
+    modules = tuple(h.name for h in hooks if isinstance(h, UnseenModule))
+    return frozenset() if guard is None else guard.names, modules
+
+
+def to_config(model: nn.Module) -> dict[str, list[str]]:
+    """What a checkpoint records of `attached`."""
+    inputs, modules = attached(model)
+    return {"inputs": sorted(inputs), "modules": list(modules)}
+
+
+def from_config(
+    model: nn.Module, config: Mapping[str, Any]
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """What a checkpoint's `quantization_config` records, for `attach` on a model of its architecture.
+
+    Raises:
+        CheckpointError: it names no modules of this model.
+    """
+    recorded = config.get("seen", {"inputs": (), "modules": ()})
+    try:
+        inputs, modules = ([str(n) for n in recorded[key]] for key in ("inputs", "modules"))
+        for name in modules:
+            model.get_submodule(name)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"quantization_config names what calibration saw in a way that does not fit the model ({error}): it is "
+            "damaged, or of another architecture"
+        ) from error
+    return frozenset(inputs), tuple(modules)
+
+
+def allow_input(model: nn.Module, name: str) -> None:
+    """Let a converted model take a tensor that its calibration was never given.
+
+    Args:
+        model: that `Quantizer.convert` or `load` gave.
+        name: of the argument, as `UnseenError` says it. You vouch that it has nothing to do with hidden channels: a
+            mask or a scalar is none, ControlNet residuals and adapter states are.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    guard = _guard(inner)
+    if guard is not None:
+        guard.names |= {name}
+
+
+def arguments_of(
+    model: nn.Module, scope: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of a call of `model` from the locals of its frame; None where it is another function's frame."""
+    expected = inspect.signature(model.forward).parameters
+    if scope.keys() >= expected.keys():
+        rest = [n for n, p in expected.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
+        named = {name: scope[name] for name in expected if name not in rest}
+        return (), named | {k: v for name in rest for k, v in scope[name].items()}
+    if {"args", "kwargs"} <= scope.keys():  # a wrapper around forward
+        return scope["args"], scope["kwargs"]
+    return None
+
+
+def check_compiled(root: nn.Module | None, scope: Mapping[str, Any]) -> None:
+    """The check of `SeenInputs` while Dynamo compiles `root`; `scope` holds the locals of the frame that it compiles.
+
+    Raises UnseenError.
+    """
+    guard = None if root is None else _guard(root)
+    call = None if root is None or guard is None else arguments_of(root, scope)
+    if root is not None and guard is not None and call is not None:
+        guard.check(root, *call)
+
+
+def _guard(model: nn.Module) -> SeenInputs | None:
+    hooks = model._forward_pre_hooks.values()
+    return next((h for h in hooks if isinstance(h, SeenInputs)), None)

@@ -1,0 +1,163 @@
+"""What calibration never saw is refused by name: a tensor that only later calls have, a branch that none took."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from models import MODELS
+from torch import nn
+
+import pq_fx
+from pq_fx.errors import CheckpointError, UnseenError
+from pq_fx.seen import attached
+
+SETTINGS = {
+    "format": "int4", "group_size": 16, "weight_only_format": "int4:16:bf16", "calibration_rows": 64,
+}  # fmt: skip
+SAMPLES = "controlnet_block_samples"
+
+
+def quantized(model: nn.Module, *calls: dict, **changes: object) -> nn.Module:
+    quantizer = pq_fx.prepare(model, {**SETTINGS, "tau": -1.0, **changes})
+    with torch.no_grad(), quantizer.calibrate():
+        for call in calls:
+            model(**call)
+    quantizer.convert()
+    return model
+
+
+def flux() -> tuple[nn.Module, dict, dict]:
+    model, inputs = MODELS["flux"].tiny()
+    return model, inputs, inputs | {SAMPLES: [torch.randn(2, 15, 48)]}
+
+
+@torch.no_grad()
+def test_a_controlnet_that_calibration_never_saw() -> None:
+    model, inputs, controlled = flux()
+    want = model(**controlled).sample
+    quantized(model, inputs)
+    model(**inputs)
+    with pytest.raises(UnseenError, match=f"{SAMPLES}.*inside calibrate"):
+        model(**controlled)
+    with pytest.raises(UnseenError, match=SAMPLES):  # by position, too
+        model(*inputs.values(), None, controlled[SAMPLES])
+    # Without the refusal the numbers are wrong, and nothing says so.
+    free = copy.deepcopy(model)
+    pq_fx.allow_input(free, SAMPLES)
+    rounding = relative(model(**inputs).sample, MODELS["flux"].tiny()[0](**inputs).sample)
+    assert relative(free(**controlled).sample, want) > 3 * rounding
+
+
+@torch.no_grad()
+def test_a_controlnet_that_calibration_saw() -> None:
+    model, inputs, controlled = flux()
+    want, without = model(**controlled).sample, model(**inputs).sample
+    quantized(model, inputs, controlled)
+    assert relative(model(**controlled).sample, want) < 0.15
+    assert relative(model(**inputs).sample, without) < 0.15
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["whole", "in place", "blocks"])
+def test_compiled_models_refuse_it_too(way: str) -> None:
+    model, inputs, controlled = flux()
+    run: Callable = quantized(model, inputs)
+    if way == "whole":
+        run = torch.compile(model, backend="permuquant", fullgraph=True)
+    elif way == "in place":
+        model.compile(backend="permuquant", fullgraph=True)
+    else:
+        model.compile_repeated_blocks(backend="permuquant", fullgraph=True)
+    run(**inputs)
+    with pytest.raises(Exception, match=SAMPLES) as error:
+        run(**controlled)
+    causes = (error.value, getattr(error.value, "inner_exception", None))
+    assert any(isinstance(e, UnseenError) for e in causes)
+    run(**inputs)
+
+
+@torch.no_grad()
+def test_first_calls_record_their_inputs() -> None:
+    model, inputs, controlled = flux()
+    options = {**SETTINGS, "tau": -1.0, "calibration_steps": 2}
+    run = torch.compile(model, backend="permuquant", options=options)
+    run(**inputs)
+    run(**inputs)
+    assert attached(model)[0] == set(inputs)
+    with pytest.raises(Exception, match=SAMPLES):
+        run(**controlled)
+
+
+@torch.no_grad()
+def test_files_keep_what_was_seen(tmp_path: Path) -> None:
+    model, inputs, controlled = flux()
+    quantized(model, inputs)
+    pq_fx.save(model, tmp_path / "q")
+    loaded = pq_fx.load(tmp_path / "q", MODELS["flux"].tiny(seed=1)[0])
+    of_library = type(model).from_pretrained(tmp_path / "q")
+    for other in (loaded, of_library):
+        assert attached(other) == attached(model)
+        with pytest.raises(UnseenError, match=SAMPLES):
+            other(**controlled)
+    pq_fx.dequantize(loaded)
+    assert attached(loaded) == (frozenset(), ())
+    loaded(**controlled)
+    config = (tmp_path / "q" / "config.json").read_text()
+    (tmp_path / "q" / "config.json").write_text(config.replace('"modules": []', '"modules": ["x"]'))
+    with pytest.raises(CheckpointError, match="calibration saw"):
+        pq_fx.load(tmp_path / "q", MODELS["flux"].tiny(seed=1)[0])
+
+
+class Branch(nn.Module):
+    """A side branch that reads the middle of an MLP, when it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.side = nn.Linear(64, 32)
+
+    def forward(
+        self, x: torch.Tensor, side: bool = False, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        h = self.up(self.norm(x)).relu()
+        y = x + self.down(h)
+        if mask is not None:
+            y = y * mask
+        return y + self.side(h) if side else y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_branch_that_no_call_took(compiled: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Branch().eval(), torch.randn(40, 32)
+    model.up.weight *= torch.logspace(-1, 1, 64)[torch.randperm(64), None]  # so that an order pays
+    quantized(model, {"x": x}, method="permuquant")
+    assert attached(model) == (frozenset({"x"}), ("side",))
+    run = torch.compile(model, backend="permuquant") if compiled else model
+    run(x)
+    run(x, mask=torch.ones(40, 1, dtype=torch.bool))  # carries no channels
+    with pytest.raises(UnseenError, match=r"side \(Linear\) runs"):
+        run(x, side=True)
+    with pytest.raises(Exception, match="mask"):
+        run(x, mask=torch.ones(40, 1))
+    pq_fx.allow_input(run, "mask")
+    assert torch.allclose(run(x, mask=torch.ones(40, 1)), run(x), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_branch_that_some_call_took() -> None:
+    torch.manual_seed(0)
+    model, x = Branch().eval(), torch.randn(40, 32)
+    want = model(x, side=True)
+    quantized(model, {"x": x}, {"x": x, "side": True})
+    assert attached(model)[1] == ()
+    assert relative(model(x, side=True), want) < 0.15
