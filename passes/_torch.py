@@ -21,11 +21,19 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import (
+    _ProxyTensor,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    set_proxy_slot,
+    snapshot_fake,
+)
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
+    "PLAIN",
     "ConstantSource",
     "FakeTensor",
     "FakeTensorMode",
@@ -33,6 +41,7 @@ __all__ = [
     "decompose_when_functional",
     "detect_fake_mode",
     "dim_expr",
+    "dynamo_piece",
     "dynamo_root",
     "dynamo_scope",
     "dynamo_value",
@@ -41,13 +50,17 @@ __all__ = [
     "hint",
     "is_fake",
     "lacks_compiler",
+    "like",
     "list_mode_options",
     "make_fx",
+    "proxy_tracer",
     "real_mode",
     "select_decomp_table",
     "skip_code",
     "statically_known_true",
+    "trace_as",
     "trace_pre_dispatch",
+    "traced_node",
     "unset_fake_temporarily",
 ]
 
@@ -88,6 +101,34 @@ def trace_pre_dispatch(
             return traced(*inputs)
         with mode:
             return traced(*inputs)
+
+
+# Tensors that a tracer knows by their metadata alone.
+PLAIN = (FakeTensor,)
+
+
+def proxy_tracer() -> Any:
+    """What writes the graph while `trace_pre_dispatch` runs its function."""
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer
+
+
+def traced_node(tensor: torch.Tensor, tracer: Any) -> fx.Node | None:
+    """The node that stands for a fake tensor; None for one that the tracer does not know, or knows the value of."""
+    slot = get_proxy_slot(tensor, tracer, None)
+    return None if slot is None or slot.constant is not None else slot.proxy.node
+
+
+def like(tensor: torch.Tensor) -> torch.Tensor:
+    """A new fake tensor with the metadata of this one."""
+    new = snapshot_fake(tensor)
+    assert new is not None
+    return new
+
+
+def trace_as(tensor: torch.Tensor, node: fx.Node, tracer: Any) -> None:
+    """From now on `node` stands for this fake tensor."""
+    set_proxy_slot(tensor, tracer, _ProxyTensor(fx.Proxy(node, tracer), None))
 
 
 def decompose_when_functional(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
@@ -134,6 +175,20 @@ def dynamo_root() -> torch.nn.Module | None:
     """The module whose forward Dynamo is compiling just now (`self` of the root frame), or None."""
     root = dynamo_scope().get("self")
     return root if isinstance(root, torch.nn.Module) else None
+
+
+def dynamo_piece() -> tuple[bool, bool]:
+    """Whether the graph that Dynamo hands over just now goes on after a graph break, and whether it ends at one."""
+    from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:
+        return False, False
+    resumes = translator.f_code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
+    reason = translator.output.compile_subgraph_reason
+    return resumes, reason is not None and reason.graph_break
 
 
 def dynamo_value(node: fx.Node) -> Any:

@@ -13,7 +13,7 @@ channels (both streams of a joint attention), so that folding must treat them al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,13 +87,19 @@ class RegionMap:
     )  # point name -> the node that is quantized
 
 
-def find_regions(gm: fx.GraphModule, params: Mapping[str, torch.Tensor]) -> RegionMap:
+def find_regions(
+    gm: fx.GraphModule,
+    params: Mapping[str, torch.Tensor],
+    hidden: Collection[str] = (),
+    ends: bool = True,
+) -> RegionMap:
     """Propagate channels through `gm` and group its linears into points and regions.
 
-    `params` maps parameter placeholders to their tensors. The names in the result are placeholder names.
+    `params` maps parameter placeholders to their tensors; `hidden` and `ends` are `select`'s. The names in the result
+    are placeholder names.
     """
     channels = propagate(gm, params)
-    linears = select(gm, set(params))
+    linears = select(gm, set(params), hidden, ends)
     by_weight: dict[str, Linear] = {}
     readers: dict[fx.Node, list[Linear]] = {}
     for linear in linears:

@@ -19,6 +19,7 @@ from torch import fx
 
 from pq_fx.errors import GraphError
 from pq_fx.passes import _torch
+from pq_fx.passes.replay import Retracer
 
 # Dynamo's attributes of placeholders that compile_fx needs again on a copy of the graph (pytorch issue 141640).
 _PLACEHOLDER_META = ("tensor_dict", "grapharg", "example_value", "stack_trace")
@@ -42,7 +43,7 @@ def retrace(gm: fx.GraphModule) -> fx.GraphModule:
             )
         fakes.append(value)
     mode = next((v.fake_mode for v in fakes if isinstance(v, _torch.FakeTensor)), None)
-    traced = _torch.trace_pre_dispatch(lambda *args: _Retracer(gm).run(*args), fakes, mode)
+    traced = _torch.trace_pre_dispatch(lambda *args: Retracer(gm).run(*args), fakes, mode)
     for node in traced.graph.find_nodes(op="get_attr"):
         if isinstance(getattr(traced, str(node.target), None), _torch.FakeTensor):
             raise GraphError(
@@ -59,20 +60,6 @@ def retrace(gm: fx.GraphModule) -> fx.GraphModule:
             known.setdefault(name, _torch.ConstantSource(name))
         object.__setattr__(traced, "_param_name_to_source", known)
     return traced
-
-
-class _Retracer(fx.Interpreter):
-    """Runs Dynamo's graph for the tracer.
-
-    Dynamo writes `x.data` as a call that the tracer does not see, and what is then written through it would be lost.
-    The same memory without its history is `x.detach()`, which the tracer knows.
-    """
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call `target`."""
-        if target is _torch.get_data:
-            return args[0].detach()
-        return super().call_function(target, args, kwargs)
 
 
 def _copy_placeholder_meta(old: list[fx.Node], traced: fx.GraphModule) -> None:

@@ -8,6 +8,7 @@ final projection        left in 16 bits                  nothing after it averag
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +43,16 @@ class Linear:
     reason: str  # why, where it is not "quantize"
 
 
-def select(gm: fx.GraphModule, params: set[str]) -> list[Linear]:
-    """List the graph's linears with their treatment; `params` are the names of parameter placeholders."""
-    after_linear, after_mixing = _ancestry(gm)
-    mixes = any(n.target in MIXING for n in gm.graph.nodes)
+def select(
+    gm: fx.GraphModule, params: set[str], hidden: Collection[str] = (), ends: bool = True
+) -> list[Linear]:
+    """List the graph's linears with their treatment; `params` are the names of parameter placeholders.
+
+    A graph may be a piece of a model: then `hidden` names the placeholders that hold what earlier pieces made of norms
+    or attention, and `ends` says whether its output is the model's.
+    """
+    after_linear, after_mixing = ancestry(gm, hidden)
+    mixes = bool(hidden) or any(n.target in MIXING for n in gm.graph.nodes)
     nodes = [n for n in gm.graph.nodes if n.target is LINEAR]
     most = max((_rows(n) for n in nodes), default=0)
     result = []
@@ -62,7 +69,7 @@ def select(gm: fx.GraphModule, params: set[str]) -> list[Linear]:
             treatment, reason = "leave", "embedder: it reads an input of the model"
         elif mixes and not after_mixing[node] and _feeds_linear(node, after_mixing):
             treatment, reason = "leave", "embedder: it comes before any norm or attention"
-        elif mixes and _is_final(node):
+        elif mixes and ends and _is_final(node):
             treatment, reason = "leave", "final projection: it makes the model's output"
         elif _one_row(node) and _rows(node) * FEW_ROWS <= most:
             treatment, reason = "weight_only", "one row a sample: weights only"
@@ -93,14 +100,23 @@ def _one_row(node: fx.Node) -> bool:
     return all(isinstance(n, int) and n == 1 for n in shape_of(node)[1:-1])
 
 
-def _ancestry(gm: fx.GraphModule) -> tuple[dict[fx.Node, bool], dict[fx.Node, bool]]:
-    """For each node: does its input depend on a linear; does its value depend on a mixing operation."""
+def ancestry(
+    gm: fx.GraphModule, hidden: Collection[str] = ()
+) -> tuple[dict[fx.Node, bool], dict[fx.Node, bool]]:
+    """For each node: does its input depend on a linear; does its value depend on a mixing operation.
+
+    Placeholders in `hidden` do.
+    """
     after_linear: dict[fx.Node, bool] = {}
     after_mixing: dict[fx.Node, bool] = {}
     for node in gm.graph.nodes:
         inputs = node.all_input_nodes
         after_linear[node] = any(after_linear[i] or i.target is LINEAR for i in inputs)
-        after_mixing[node] = node.target in MIXING or any(after_mixing[i] for i in inputs)
+        after_mixing[node] = (
+            node.target in MIXING
+            or (node.op == "placeholder" and node.name in hidden)
+            or any(after_mixing[i] for i in inputs)
+        )
     return after_linear, after_mixing
 
 

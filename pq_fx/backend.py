@@ -23,6 +23,7 @@ from pq_fx.modules import quantized_linears
 from pq_fx.passes import _torch, verify
 from pq_fx.passes.lower import lower, quantized_operations
 from pq_fx.passes.retrace import retrace
+from pq_fx.pointwise import is_pointwise, linearize, restore
 from pq_fx.quantizer import Quantizer
 from pq_fx.seen import arguments_of, check_compiled, tensors_of
 
@@ -113,7 +114,11 @@ def _is_quantized(gm: fx.GraphModule, root: nn.Module | None) -> bool:
 
 
 class _FirstCalls:
-    """Calibrates a float model in its first `steps` calls, then converts it."""
+    """Calibrates a float model in its first `steps` calls, then converts it.
+
+    The first call is not counted where it came in several graphs, or the model has pointwise convolutions: it may have
+    filled a cache (Z-Image's table of rotations), and convolutions become linears after it.
+    """
 
     def __init__(self, model: nn.Module, config: QuantConfig, steps: int) -> None:
         self.model: nn.Module | None = model
@@ -121,6 +126,10 @@ class _FirstCalls:
         self.observer = self.quantizer.observer()
         self.steps = steps
         self.leader: torch.Tensor | None = None
+        self.warm_up: bool | None = (
+            None  # whether this call is not counted; None until the first graph
+        )
+        self.started = False
         log.info("permuquant: calibrating %s in its first %d calls", type(model).__name__, steps)
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -131,29 +140,56 @@ class _FirstCalls:
         frame = arguments_of(self.model, _torch.dynamo_scope())
         if frame is not None:
             statistics.inputs |= set(tensors_of(self.model, *frame))
-        # Whether one call came in several graphs shows in the second call; till then it is assumed.
-        statistics.broken |= self.steps < 2 or statistics.graphs > 1
-        if self.leader is None:
+        breaks = _torch.dynamo_piece()[1]
+        if self.warm_up is None:
+            self.warm_up = breaks or any(is_pointwise(m) for m in self.model.modules())
+        if self.leader is None and run.params:
             self.leader = example_inputs[next(iter(run.params.values()))]
-        return lambda *args: self._call(run, args)
+        return lambda *args: self._call(run, gm.forward, breaks, args)
 
-    def _call(self, run: ObservedGraph, args: Sequence[Any]) -> Any:
-        result = run(*args)
-        # A model with graph breaks runs several graphs a call; the one that reads the leader counts.
+    def _call(self, run: ObservedGraph, plain: Compiled, breaks: bool, args: Sequence[Any]) -> Any:
+        # A model with graph breaks runs several graphs a call; the one that reads the leader begins it.
+        leads = any(args[i] is self.leader for i in run.params.values())
+        if leads:
+            self.observer.ran = False
+            if self.started:
+                self.warm_up = False
+            self.started = True
         quantizer = self.quantizer
-        if quantizer is None or not any(args[i] is self.leader for i in run.params.values()):
+        if quantizer is None or self.warm_up:
+            result = plain(*args)
+            if leads and self.warm_up:
+                self._linearize()
             return result
-        quantizer.count_call()
-        calls = quantizer.statistics().calls
-        log.info("permuquant: calibration call %d of %d", calls, self.steps)
-        if calls >= self.steps:
-            report = quantizer.convert()
-            log.info(
-                "permuquant: converted; the next call compiles the quantized model; %s",
-                report.summary,
-            )
-            self._let_go(quantizer.model)
+        statistics = quantizer.statistics()
+        # What follows a break is not over when this graph is: such a model is converted within the call after the last.
+        done = leads and breaks and statistics.calls >= self.steps
+        result = plain(*args) if done else run(*args)
+        if leads and not done:
+            statistics.broken |= breaks
+            quantizer.count_call()
+            log.info("permuquant: calibration call %d of %d", statistics.calls, self.steps)
+            done = not breaks and statistics.calls >= self.steps
+        if done:
+            self._convert(quantizer)
         return result
+
+    def _linearize(self) -> None:
+        assert self.model is not None and self.quantizer is not None
+        log.info("permuquant: the first call is not counted: it may have filled caches")
+        if linearize(self.model):
+            self.leader = None  # its weight may be a linear's now
+            self.observer.close()
+            self.observer = self.quantizer.observer()
+
+    def _convert(self, quantizer: Quantizer) -> None:
+        report = quantizer.convert()
+        restore(quantizer.model)
+        log.info(
+            "permuquant: converted; the next call compiles the quantized model; %s",
+            report.summary,
+        )
+        self._let_go(quantizer.model)
 
     def _let_go(self, model: nn.Module) -> None:
         """Dynamo keeps this object with its compiled graphs; the float weights must not live as long."""

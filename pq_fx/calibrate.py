@@ -8,16 +8,18 @@ resolution makes a new graph of the same parameters.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pq_fx.errors import CalibrationError
-from pq_fx.passes import observe, verify
+from pq_fx.passes import _torch, observe, verify
 from pq_fx.passes.regions import RegionMap, find_regions
 from pq_fx.passes.retrace import parameter_inputs, retrace, stored_tensors
+from pq_fx.passes.select import ancestry
 from pq_fx.statistics import Statistics
 
 log = logging.getLogger("pq_fx")
@@ -30,6 +32,10 @@ class Observer:
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self._alive = [t for _, t in tensors]  # so that no id is reused
         self.names = stored_tensors(model)
+        self.model: nn.Module | None = model
+        self.ran = False  # a graph of this call of the model
+        # Tensors that were made of the model's inputs without a norm or attention: what reads them is an embedder.
+        self.raw: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.statistics = statistics
         self.rows = rows
         self.seed = seed
@@ -38,12 +44,22 @@ class Observer:
         """Let go of the model: Dynamo keeps compiled graphs, hence this object, after the last call."""
         self._alive.clear()
         self.names.clear()
+        self.model = None
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> ObservedGraph:
         """Compile one graph for observation."""
         traced = retrace(gm)
         params = {n: t for n, t in parameter_inputs(traced).items() if id(t) in self.names}
-        found = find_regions(traced, params)
+        resumes, breaks = _torch.dynamo_piece()
+        whole = _torch.dynamo_scope().get("self") is self.model
+        inner = resumes or (self.ran and not whole)
+        inputs = {n.name: _torch.dynamo_value(n) for n in traced.graph.find_nodes(op="placeholder")}
+        hidden = {
+            n
+            for n, t in inputs.items()
+            if inner and isinstance(t, torch.Tensor) and n not in params and t not in self.raw
+        }
+        found = find_regions(traced, params, hidden, ends=not breaks and (whole or not inner))
         self.statistics.graphs += 1
         log.info(
             "graph %d: %d linears, %d regions",
@@ -51,14 +67,34 @@ class Observer:
             len(found.linears),
             len(found.regions),
         )
-        index = {n.name: i for i, n in enumerate(traced.graph.find_nodes(op="placeholder"))}
+        index = {name: i for i, name in enumerate(inputs)}
+        raw = _Raw(
+            () if inner else tuple(i for n, i in index.items() if n not in params),
+            raw_outputs(traced, hidden),
+        )
         seeds = {p.name: self.seed for r in found.regions for p in r.points}
         order = observe.insert_observers(traced, found.sources, seeds)
         verify.verify_graph(traced)
         for node in traced.graph.find_nodes(op="placeholder"):
             # Dynamo's record of the real arguments would keep the float weights alive after conversion.
             node.meta.pop("grapharg", None)
-        return ObservedGraph(self, traced, found, {n: index[n] for n in params}, order)
+        return ObservedGraph(self, traced, found, {n: index[n] for n in params}, order, raw)
+
+
+class _Raw(NamedTuple):
+    """Positions of a graph's inputs and outputs that no norm or attention lies before."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def raw_outputs(gm: fx.GraphModule, hidden: Collection[str]) -> tuple[int, ...]:
+    """Positions of the outputs that depend on no norm and no attention."""
+    _, after_mixing = ancestry(gm, hidden)
+    values = next(iter(gm.graph.find_nodes(op="output"))).args[0]
+    if not isinstance(values, (list, tuple)):
+        return ()
+    return tuple(i for i, v in enumerate(values) if isinstance(v, fx.Node) and not after_mixing[v])
 
 
 class ObservedGraph:
@@ -71,12 +107,14 @@ class ObservedGraph:
         found: RegionMap,
         params: dict[str, int],
         order: list[str],
+        raw: _Raw,
     ) -> None:
         self.observer = observer
         self.gm = gm
         self.found = found
         self.params = params
         self.order = order
+        self.raw = raw
         self.bound: dict[tuple[int, ...], list[torch.Tensor]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -85,7 +123,11 @@ class ObservedGraph:
         tensors = self.bound.get(key)
         if tensors is None:
             tensors = self.bound[key] = self._bind(args)
-        return self.gm(*args, *tensors)
+        result = self.gm(*args, *tensors)
+        self.observer.ran = True
+        known = [args[i] for i in self.raw.inputs] + [result[i] for i in self.raw.outputs]
+        self.observer.raw.update({t: True for t in known if isinstance(t, torch.Tensor)})
+        return result
 
     def _bind(self, args: Sequence[Any]) -> list[torch.Tensor]:
         observer = self.observer

@@ -116,6 +116,8 @@ class Session:
             self._saved = time.monotonic()
 
     def _attempt(self, before: Statistics, args: Any, kwargs: Any) -> tuple[Any, observe.Journal]:
+        if self._watcher is not None:
+            self._watcher.ran = False
         with observe.journal() as journal:
             try:
                 result = self._compiled(*args, **kwargs)

@@ -20,7 +20,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pq_fx.errors import GraphError
-from pq_fx.passes import find_regions, fold_tensors, parameter_inputs, retrace, verify_folds
+from pq_fx.passes import (
+    _torch,
+    find_regions,
+    fold_tensors,
+    parameter_inputs,
+    retrace,
+    verify_folds,
+)
+from pq_fx.passes.replay import Retracer
 
 
 def output(result: object) -> torch.Tensor:
@@ -109,6 +117,39 @@ def test_random_folds_change_nothing(name: str) -> None:
     regions = sum(len(found.regions) for _, _, found in seen)
     order = ("quantize", "weight_only", "leave", "impossible")
     assert (len(seen), regions, folds, *(treatments[t] for t in order)) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_what_is_remembered_is_what_is_traced(name: str) -> None:
+    """Graphs in which equal calls are written down again are those in which each call is traced."""
+    model, kwargs = MODELS[name].tiny()
+    replayed = 0
+
+    def seen(traced: torch.fx.GraphModule) -> list[tuple]:
+        fakes = [(n, n.meta.get("val")) for n in traced.graph.nodes]
+        return [
+            (n.name, v.shape, v.stride(), v.storage_offset(), v.dtype, v.device)
+            for n, v in fakes
+            if isinstance(v, torch.Tensor)
+        ]
+
+    def backend(gm: torch.fx.GraphModule, _: object) -> Callable:
+        nonlocal replayed
+        fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
+        mode = next(f.fake_mode for f in fakes if isinstance(f, torch.Tensor))
+        each, once = Retracer(gm, remember=False), Retracer(gm)
+        graphs = [
+            _torch.trace_pre_dispatch(lambda *args, r=r: r.run(*args), fakes, mode)
+            for r in (each, once)
+        ]
+        assert graphs[0].code == graphs[1].code
+        assert seen(graphs[0]) == seen(graphs[1])
+        replayed += once.replayed
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=False)(**kwargs)
+    assert replayed > 0 or name == "mlp"
 
 
 class Table(nn.Module):
