@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.eval_frame import reset_code, skip_code
 from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
 from torch._inductor import list_mode_options
@@ -41,6 +42,7 @@ __all__ = [
     "decompose_when_functional",
     "detect_fake_mode",
     "dim_expr",
+    "dynamo_code",
     "dynamo_piece",
     "dynamo_root",
     "dynamo_scope",
@@ -55,6 +57,7 @@ __all__ = [
     "make_fx",
     "proxy_tracer",
     "real_mode",
+    "reset_code",
     "select_decomp_table",
     "skip_code",
     "statically_known_true",
@@ -175,6 +178,16 @@ def dynamo_root() -> torch.nn.Module | None:
     """The module whose forward Dynamo is compiling just now (`self` of the root frame), or None."""
     root = dynamo_scope().get("self")
     return root if isinstance(root, torch.nn.Module) else None
+
+
+def dynamo_code() -> CodeType | None:
+    """The code of the frame that Dynamo is compiling just now."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().f_code
+    except AttributeError:
+        return None
 
 
 def dynamo_piece() -> tuple[bool, bool]:

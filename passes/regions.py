@@ -13,7 +13,7 @@ channels (both streams of a joint attention), so that folding must treat them al
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,7 +90,7 @@ class RegionMap:
 def find_regions(
     gm: fx.GraphModule,
     params: Mapping[str, torch.Tensor],
-    hidden: Collection[str] = (),
+    hidden: Mapping[str, bool] | None = None,
     ends: bool = True,
 ) -> RegionMap:
     """Propagate channels through `gm` and group its linears into points and regions.

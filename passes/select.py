@@ -8,7 +8,7 @@ final projection        left in 16 bits                  nothing after it averag
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,15 +44,24 @@ class Linear:
 
 
 def select(
-    gm: fx.GraphModule, params: set[str], hidden: Collection[str] = (), ends: bool = True
+    gm: fx.GraphModule,
+    params: set[str],
+    hidden: Mapping[str, bool] | None = None,
+    ends: bool = True,
 ) -> list[Linear]:
     """List the graph's linears with their treatment; `params` are the names of parameter placeholders.
 
-    A graph may be a piece of a model: then `hidden` names the placeholders that hold what earlier pieces made of norms
-    or attention, and `ends` says whether its output is the model's.
+    A graph may be a piece of a model: then `hidden` names the placeholders that hold what earlier pieces made by a
+    linear, with whether a norm or attention lies before them, too, and `ends` says whether its output may be the
+    model's: then it is of another width than what comes in.
     """
-    after_linear, after_mixing = ancestry(gm, hidden)
-    mixes = bool(hidden) or any(n.target in MIXING for n in gm.graph.nodes)
+    after_linear, after_mixing = ancestry(gm, hidden or {})
+    widths = {
+        hint(shape_of(n)[-1])
+        for n in gm.graph.find_nodes(op="placeholder")
+        if hidden and hidden.get(n.name) and shape_of(n)
+    }
+    mixes = hidden is not None or any(n.target in MIXING for n in gm.graph.nodes)
     nodes = [n for n in gm.graph.nodes if n.target is LINEAR]
     most = max((_rows(n) for n in nodes), default=0)
     result = []
@@ -69,7 +78,7 @@ def select(
             treatment, reason = "leave", "embedder: it reads an input of the model"
         elif mixes and not after_mixing[node] and _feeds_linear(node, after_mixing):
             treatment, reason = "leave", "embedder: it comes before any norm or attention"
-        elif mixes and ends and _is_final(node):
+        elif mixes and ends and out_features not in widths and _is_final(node):
             treatment, reason = "leave", "final projection: it makes the model's output"
         elif _one_row(node) and _rows(node) * FEW_ROWS <= most:
             treatment, reason = "weight_only", "one row a sample: weights only"
@@ -101,20 +110,21 @@ def _one_row(node: fx.Node) -> bool:
 
 
 def ancestry(
-    gm: fx.GraphModule, hidden: Collection[str] = ()
+    gm: fx.GraphModule, hidden: Mapping[str, bool]
 ) -> tuple[dict[fx.Node, bool], dict[fx.Node, bool]]:
     """For each node: does its input depend on a linear; does its value depend on a mixing operation.
 
-    Placeholders in `hidden` do.
+    `hidden` says so of placeholders, as in `select`.
     """
     after_linear: dict[fx.Node, bool] = {}
     after_mixing: dict[fx.Node, bool] = {}
     for node in gm.graph.nodes:
         inputs = node.all_input_nodes
-        after_linear[node] = any(after_linear[i] or i.target is LINEAR for i in inputs)
+        known = node.op == "placeholder" and node.name in hidden
+        after_linear[node] = known or any(after_linear[i] or i.target is LINEAR for i in inputs)
         after_mixing[node] = (
             node.target in MIXING
-            or (node.op == "placeholder" and node.name in hidden)
+            or (known and hidden[node.name])
             or any(after_mixing[i] for i in inputs)
         )
     return after_linear, after_mixing
@@ -136,7 +146,8 @@ def _feeds_linear(node: fx.Node, after_mixing: dict[fx.Node, bool]) -> bool:
 
 def _is_final(node: fx.Node) -> bool:
     """Does the value go to the graph's output through nothing but layout, casts and functions of itself."""
-    todo, seen, reached = list(node.users), set(), False
+    todo, seen, reached = list(node.users), {node}, False
+    joins: list[fx.Node] = []
     while todo:
         user = todo.pop()
         if user in seen:
@@ -145,9 +156,11 @@ def _is_final(node: fx.Node) -> bool:
         if user.op == "output":
             reached = True
             continue
-        tensors = [i for i in user.all_input_nodes if tensor_meta(i) is not None]
-        joins = len(tensors) > 1 and not is_identity(user)
-        if user.target is LINEAR or user.target in MIXING or joins:
+        if user.target is LINEAR or user.target in MIXING:
             return False
+        tensors = [i for i in user.all_input_nodes if tensor_meta(i) is not None]
+        if len(tensors) > 1 and not is_identity(user):
+            joins += tensors
         todo += list(user.users)
-    return reached
+    # What it is joined with may be pieces of itself: a batch that is cut and stacked.
+    return reached and all(i in seen for i in joins)

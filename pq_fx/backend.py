@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from pq_fx.passes.lower import lower, quantized_operations
 from pq_fx.passes.retrace import retrace
 from pq_fx.pointwise import is_pointwise, linearize, restore
 from pq_fx.quantizer import Quantizer
-from pq_fx.seen import arguments_of, check_compiled, tensors_of
+from pq_fx.seen import arguments_of, check_compiled, leaves, tensors_of
 
 log = logging.getLogger("pq_fx")
 Compiled = Callable[..., Any]
@@ -49,6 +50,12 @@ def permuquant(
     root = _torch.dynamo_root()
     check_compiled(root, _torch.dynamo_scope())
     if _is_quantized(gm, root):
+        return compile_quantized(gm, example_inputs, mode=mode, options=rest)
+    running = _running(root)
+    if running is not None:
+        return running.compile(gm, example_inputs)
+    if _torch.dynamo_piece()[0] or root in _converted or not _has_linears(gm):
+        # A piece of a model whose quantized linears are in other pieces.
         return compile_quantized(gm, example_inputs, mode=mode, options=rest)
     if root is None or STEPS not in settings:
         raise ConfigError(
@@ -130,18 +137,21 @@ class _FirstCalls:
             None  # whether this call is not counted; None until the first graph
         )
         self.started = False
+        self.frame: CodeType | None = None  # of the first graph
         log.info("permuquant: calibrating %s in its first %d calls", type(model).__name__, steps)
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         """Watch one graph."""
         assert self.model is not None
-        run = self.observer(gm, example_inputs)
         statistics = self.observer.statistics
         frame = arguments_of(self.model, _torch.dynamo_scope())
         if frame is not None:
             statistics.inputs |= set(tensors_of(self.model, *frame))
+            self.observer.begin(t for _, t in leaves(frame))
+        run = self.observer(gm, example_inputs)
         breaks = _torch.dynamo_piece()[1]
         if self.warm_up is None:
+            self.frame = _torch.dynamo_code()
             self.warm_up = breaks or any(is_pointwise(m) for m in self.model.modules())
         if self.leader is None and run.params:
             self.leader = example_inputs[next(iter(run.params.values()))]
@@ -151,7 +161,6 @@ class _FirstCalls:
         # A model with graph breaks runs several graphs a call; the one that reads the leader begins it.
         leads = any(args[i] is self.leader for i in run.params.values())
         if leads:
-            self.observer.ran = False
             if self.started:
                 self.warm_up = False
             self.started = True
@@ -159,7 +168,7 @@ class _FirstCalls:
         if quantizer is None or self.warm_up:
             result = plain(*args)
             if leads and self.warm_up:
-                self._linearize()
+                self._warmed()
             return result
         statistics = quantizer.statistics()
         # What follows a break is not over when this graph is: such a model is converted within the call after the last.
@@ -174,9 +183,11 @@ class _FirstCalls:
             self._convert(quantizer)
         return result
 
-    def _linearize(self) -> None:
+    def _warmed(self) -> None:
         assert self.model is not None and self.quantizer is not None
         log.info("permuquant: the first call is not counted: it may have filled caches")
+        if self.frame is not None:
+            _torch.reset_code(self.frame)  # compiled anew, it may be one graph
         if linearize(self.model):
             self.leader = None  # its weight may be a linear's now
             self.observer.close()
@@ -196,9 +207,25 @@ class _FirstCalls:
         self.observer.close()
         self.model = self.quantizer = self.leader = None
         _calibrating.pop(model, None)
+        _converted.update(dict.fromkeys(model.modules(), True))
 
 
-_calibrating: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_calibrating: WeakIdKeyDictionary = WeakIdKeyDictionary()  # model -> _FirstCalls
+_converted: WeakIdKeyDictionary = (
+    WeakIdKeyDictionary()
+)  # modules of models that first calls converted
+
+
+def _running(root: nn.Module | None) -> _FirstCalls | None:
+    """The first calls that a graph belongs to; after a break its frame may be a submodule's, or know no module."""
+    for first in reversed(list(_calibrating.values())):
+        if root is None or any(m is root for m in first.model.modules()):
+            return first
+    return None
+
+
+def _has_linears(gm: fx.GraphModule) -> bool:
+    return any(n.target is torch._C._nn.linear for n in gm.graph.nodes)
 
 
 def _first_calls(root: nn.Module, settings: dict[str, Any]) -> _FirstCalls:

@@ -8,8 +8,8 @@ resolution makes a new graph of the same parameters.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -19,7 +19,7 @@ from pq_fx.errors import CalibrationError
 from pq_fx.passes import _torch, observe, verify
 from pq_fx.passes.regions import RegionMap, find_regions
 from pq_fx.passes.retrace import parameter_inputs, retrace, stored_tensors
-from pq_fx.passes.select import ancestry
+from pq_fx.passes.select import LINEAR, ancestry
 from pq_fx.statistics import Statistics
 
 log = logging.getLogger("pq_fx")
@@ -34,7 +34,7 @@ class Observer:
         self.names = stored_tensors(model)
         self.model: nn.Module | None = model
         self.ran = False  # a graph of this call of the model
-        # Tensors that were made of the model's inputs without a norm or attention: what reads them is an embedder.
+        # Tensors without a norm or attention before them, and whether a linear is: what reads them may be an embedder.
         self.raw: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.statistics = statistics
         self.rows = rows
@@ -46,6 +46,12 @@ class Observer:
         self.names.clear()
         self.model = None
 
+    def begin(self, inputs: Iterable[torch.Tensor]) -> None:
+        """A call of the model begins, with these tensors."""
+        self.ran = False
+        self.raw.clear()
+        self.raw.update(dict.fromkeys(inputs, False))
+
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> ObservedGraph:
         """Compile one graph for observation."""
         traced = retrace(gm)
@@ -55,11 +61,12 @@ class Observer:
         inner = resumes or (self.ran and not whole)
         inputs = {n.name: _torch.dynamo_value(n) for n in traced.graph.find_nodes(op="placeholder")}
         hidden = {
-            n
+            n: t not in self.raw
             for n, t in inputs.items()
-            if inner and isinstance(t, torch.Tensor) and n not in params and t not in self.raw
+            if inner and isinstance(t, torch.Tensor) and n not in params and self.raw.get(t, True)
         }
-        found = find_regions(traced, params, hidden, ends=not breaks and (whole or not inner))
+        piece = hidden if inner or breaks else None
+        found = find_regions(traced, params, piece, ends=not breaks)
         self.statistics.graphs += 1
         log.info(
             "graph %d: %d linears, %d regions",
@@ -68,10 +75,7 @@ class Observer:
             len(found.regions),
         )
         index = {name: i for i, name in enumerate(inputs)}
-        raw = _Raw(
-            () if inner else tuple(i for n, i in index.items() if n not in params),
-            raw_outputs(traced, hidden),
-        )
+        raw = raw_outputs(traced, hidden)
         seeds = {p.name: self.seed for r in found.regions for p in r.points}
         order = observe.insert_observers(traced, found.sources, seeds)
         verify.verify_graph(traced)
@@ -81,20 +85,17 @@ class Observer:
         return ObservedGraph(self, traced, found, {n: index[n] for n in params}, order, raw)
 
 
-class _Raw(NamedTuple):
-    """Positions of a graph's inputs and outputs that no norm or attention lies before."""
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-
-def raw_outputs(gm: fx.GraphModule, hidden: Collection[str]) -> tuple[int, ...]:
-    """Positions of the outputs that depend on no norm and no attention."""
-    _, after_mixing = ancestry(gm, hidden)
+def raw_outputs(gm: fx.GraphModule, hidden: Mapping[str, bool]) -> dict[int, bool]:
+    """Positions of the outputs without a norm or attention before them, and whether a linear is."""
+    after_linear, after_mixing = ancestry(gm, hidden)
     values = next(iter(gm.graph.find_nodes(op="output"))).args[0]
     if not isinstance(values, (list, tuple)):
-        return ()
-    return tuple(i for i, v in enumerate(values) if isinstance(v, fx.Node) and not after_mixing[v])
+        return {}
+    return {
+        i: after_linear[v] or v.target is LINEAR
+        for i, v in enumerate(values)
+        if isinstance(v, fx.Node) and not after_mixing[v]
+    }
 
 
 class ObservedGraph:
@@ -107,7 +108,7 @@ class ObservedGraph:
         found: RegionMap,
         params: dict[str, int],
         order: list[str],
-        raw: _Raw,
+        raw: dict[int, bool],
     ) -> None:
         self.observer = observer
         self.gm = gm
@@ -125,8 +126,9 @@ class ObservedGraph:
             tensors = self.bound[key] = self._bind(args)
         result = self.gm(*args, *tensors)
         self.observer.ran = True
-        known = [args[i] for i in self.raw.inputs] + [result[i] for i in self.raw.outputs]
-        self.observer.raw.update({t: True for t in known if isinstance(t, torch.Tensor)})
+        self.observer.raw.update(
+            {result[i]: v for i, v in self.raw.items() if isinstance(result[i], torch.Tensor)}
+        )
         return result
 
     def _bind(self, args: Sequence[Any]) -> list[torch.Tensor]:

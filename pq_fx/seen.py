@@ -50,20 +50,21 @@ def tensors_of(
         else:
             named[name] = value
     found: dict[str, bool] = {}
-    for name, value in _leaves("", named):
+    for name, value in leaves(named):
         found[name] = found.get(name, False) or value.is_floating_point()
     return found
 
 
-def _leaves(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in an argument, with their names."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _leaves(f"{path}.{key}" if path else str(key), item)
+            yield from leaves(item, f"{path}.{key}" if path else str(key))
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _leaves(path, item)
+            yield from leaves(item, path)
 
 
 class SeenInputs:

@@ -15,7 +15,7 @@ from pq_fx.calibrate import Observer
 from pq_fx.errors import CalibrationError
 from pq_fx.passes import observe
 from pq_fx.progress import CalibrationProgress
-from pq_fx.seen import tensors_of
+from pq_fx.seen import leaves, tensors_of
 from pq_fx.statistics import ModelId, Statistics
 from pq_fx.statistics_file import save_statistics
 
@@ -117,7 +117,7 @@ class Session:
 
     def _attempt(self, before: Statistics, args: Any, kwargs: Any) -> tuple[Any, observe.Journal]:
         if self._watcher is not None:
-            self._watcher.ran = False
+            self._watcher.begin(t for _, t in leaves((args, kwargs)))
         with observe.journal() as journal:
             try:
                 result = self._compiled(*args, **kwargs)

@@ -25,9 +25,13 @@ def first_calls(name: str, calls: int, steps: int) -> tuple[nn.Module, torch.Ten
     run = torch.compile(model, backend="permuquant", options=options)
     with torch.no_grad():
         want = MODELS[name].tiny()[0](**inputs)[0]
-        for _ in range(calls):
+        for call in range(calls):
             got = run(**inputs)[0]
-            assert torch.equal(torch.stack(list(got)), torch.stack(list(want)))
+            if call < steps + 1:  # the one that follows may be converted on its way
+                assert torch.equal(torch.stack(list(got)), torch.stack(list(want)))
+    assert (torch.stack(list(got)) - torch.stack(list(want))).norm() < 0.3 * torch.stack(
+        list(want)
+    ).norm()
     return model, got
 
 
@@ -72,7 +76,7 @@ def test_pieces_are_converted_when_all_were_seen() -> None:
     [
         (
             "lumina",
-            {"x_embedder", "proj_out", "norm_out.linear_1"},
+            {"x_embedder", "norm_out.linear_2", "time_caption_embed.timestep_embedder.linear_1"},
             {"layers.0.attn.to_q", "layers.1.feed_forward.linear_2", "noise_refiner.0.attn.to_k"},
         ),
         (
@@ -90,6 +94,5 @@ def test_linears_beside_a_break_are_no_embedders(
 ) -> None:
     report = same_way(name).quantization_report
     left = {row.fqn: row.skip_reason for row in report.skipped}
-    print(left)
     assert not inner & left.keys()
     assert embedders <= left.keys()
