@@ -167,6 +167,7 @@ class _FirstCalls:
         quantizer = self.quantizer
         if quantizer is None or self.warm_up:
             result = plain(*args)
+            run.note(result)
             if leads and self.warm_up:
                 self._warmed()
             return result

@@ -125,11 +125,15 @@ class ObservedGraph:
         if tensors is None:
             tensors = self.bound[key] = self._bind(args)
         result = self.gm(*args, *tensors)
+        self.note(result)
+        return result
+
+    def note(self, result: Any) -> None:
+        """The graph ran, observed or not: the pieces that follow learn what its outputs are made of."""
         self.observer.ran = True
         self.observer.raw.update(
             {result[i]: v for i, v in self.raw.items() if isinstance(result[i], torch.Tensor)}
         )
-        return result
 
     def _bind(self, args: Sequence[Any]) -> list[torch.Tensor]:
         observer = self.observer
