@@ -11,7 +11,8 @@ Measured is the velocity's relative MSE on the demo prompts, at given times. Cal
     alpha      searched / fixed at 0.5
 
 The part of the gain that is lost is (e_other - e_same) / (e_rtn - e_same). The file is written after
-every measurement; `--plot` draws docs/generalisation.png from it.
+every measurement. Seeds may run as processes of their own (`--seeds 3 --out seed3.json`), joined by `--more`;
+`--plot docs/generalisation.png` draws the file.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +37,6 @@ from pq_fx.demo.sampling import noise
 SEEN = (0.95, 0.7, 0.45, 0.2)
 UNSEEN = (0.85, 0.575, 0.325, 0.1)
 SIZES = (4, 16, 64, 256)
-SEEDS = range(5)
 ROWS = 1024
 
 
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.sizes:
         return run_sizes(bench, picked)
-    for seed in SEEDS:
+    for seed in args.seeds:
         sets = {
             "other prompts": picked(64, seed),
             "same prompts": bench.test[:64],
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 if name == "same prompts" and which != "all":
                     continue
                 statistics = bench.calibrate(text, pictures, times, seed)
-                for method in ("rtn", "permuquant-h", "best")[0 if seed == 0 else 1 :]:
+                for method in ("rtn", "permuquant-h", "best")[0 if seed == args.seeds[0] else 1 :]:
                     what = {"prompts": name, "times": which, "size": 64, "seed": seed}
                     bench.record(statistics, what, method=method)
                 if which == "all" and name == "other prompts":
@@ -152,7 +153,7 @@ def run_sizes(bench: Bench, picked: Callable[[int, int], Tensor]) -> dict[str, A
     """Error against the number of calibration prompts."""
     args = bench.args
     rtn = "rtn" if args.sizes else None
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for size in args.sizes or SIZES:
             text = picked(size, 100 + seed)
             statistics = bench.calibrate(text, bench.draw(text, 60 + seed), SEEN, seed)
@@ -168,106 +169,58 @@ def run_sizes(bench: Bench, picked: Callable[[int, int], Tensor]) -> dict[str, A
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """Parts of the gain that are lost, by method, with the spread over seeds."""
+    """Parts of the gain over RTN that are lost, and changes by single settings, with the spread over seeds."""
     runs = result["runs"]
-    rtn = next(r for r in runs if r["method"] == "rtn")
+    rtn = mean([r["unseen"] for r in runs if r["method"] == "rtn"])
+
+    def of(method: str, prompts: str, times: str, part: str | None = None) -> dict[int, float]:
+        key = (method, prompts, times, part)
+        return {
+            r["seed"]: r["unseen"]
+            for r in runs
+            if r["method"] != "rtn"
+            and (r["method"], r["prompts"], r["times"], r.get("part")) == key
+        }
+
     found: dict[str, Any] = {}
     for method in ("permuquant-h", "best"):
-        own = [r for r in runs if r["method"] == method and "part" not in r]
-
-        def of(prompts: str, times: str, own: list[Any] = own) -> dict[int, Any]:
-            return {r["seed"]: r for r in own if (r["prompts"], r["times"]) == (prompts, times)}
-
-        pairs = {
-            "unseen timesteps": (
-                "unseen",
-                of("other prompts", "seen"),
-                of("other prompts", "unseen"),
-            ),
-            "unseen prompts": ("unseen", of("other prompts", "all"), of("same prompts", "all")),
-        }
-        for name, (column, other, same) in pairs.items():
-            lost = [
-                (other[s][column] - same[s][column]) / (rtn[column] - same[s][column])
-                for s in other
-                if s in same
-            ]
-            if lost:
-                found[f"{method}: {name}"] = {
-                    "lost_part_of_gain": round(sum(lost) / len(lost), 4),
-                    "by_seed": [round(v, 4) for v in lost],
-                }
-    return found
-
-
-COLORS = {"permuquant-h": "#0b6e99", "best": "#c2410c"}
-
-
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Left: calibrated on the test's times or prompts, or on others. Right: number of prompts."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), dpi=150)
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for result in results:
-        sized = [r for r in result["runs"] if r.get("part") == "size"]
-        if sized:
-            _plot_sizes(right, result, sized)
-        else:
-            _plot_transfer(left, result)
-    for axes in (left, right):
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel("velocity rel. MSE on the test prompts", fontsize=8)
-        axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
-def _plot_transfer(axes: Any, result: dict[str, Any]) -> None:
-    cases = (
-        ("same times", "other prompts", "unseen"),
-        ("other times", "other prompts", "seen"),
-        ("all times,\nsame prompts", "same prompts", "all"),
-        ("all times,\nother prompts", "other prompts", "all"),
-    )
-    for shift, (method, color) in zip((-0.2, 0.2), COLORS.items(), strict=True):
-        for place, (_, prompts, times) in enumerate(cases):
+        same = of(method, "other prompts", "unseen"), of(method, "same prompts", "all")
+        other = of(method, "other prompts", "seen"), of(method, "other prompts", "all")
+        for name, a, b in zip(("timesteps", "prompts"), same, other, strict=True):
+            lost = [(b[s] - a[s]) / (rtn - a[s]) for s in a if s in b]
+            found[f"{method}: part of the gain lost on unseen {name}"] = spread(lost)
+    base = of("permuquant-h", "other prompts", "all")
+    for part in ("no acceptance", "alpha 0.5"):
+        own = of("permuquant-h", "other prompts", "all", part)
+        changes = [own[s] / base[s] - 1 for s in own if s in base]
+        found[f"permuquant-h, {part}: change of the error"] = spread(changes)
+    for method in ("permuquant-h", "best"):
+        for size in SIZES:
             own = [
                 r["unseen"]
-                for r in result["runs"]
-                if (r["method"], r.get("prompts"), r["times"]) == (method, prompts, times)
-                and "part" not in r
+                for r in runs
+                if r.get("part") == "size" and (r["method"], r["size"]) == (method, size)
             ]
-            if own:
-                label = method if place == 0 else None
-                axes.bar(place + shift, sum(own) / len(own), 0.36, color=color, label=label)
-                axes.plot([place + shift] * len(own), own, ".", color="#222222", markersize=3)
-    rtn = next(r for r in result["runs"] if r["method"] == "rtn")
-    axes.axhline(rtn["unseen"], color="#888888", linewidth=1, label="RTN")
-    axes.set_xticks(range(len(cases)), [c[0] for c in cases])
-    axes.set_title(f"{result['arch']}, {result['format']}: calibrated on", fontsize=9)
+            found[f"{method}: error with {size} prompts"] = spread(own)
+    return {"rtn": round(rtn, 6)} | found
 
 
-def _plot_sizes(axes: Any, result: dict[str, Any], sized: list[dict[str, Any]]) -> None:
-    rtn = next(r for r in result["runs"] if r["method"] == "rtn")
-    axes.axhline(rtn["unseen"], color="#888888", linewidth=1, label="RTN")
-    for method, color in COLORS.items():
-        own = [r for r in sized if r["method"] == method]
-        sizes = sorted({r["size"] for r in own})
-        if own:
-            means = [
-                sum(v) / len(v)
-                for v in ([r["unseen"] for r in own if r["size"] == s] for s in sizes)
-            ]
-            axes.plot([r["size"] for r in own], [r["unseen"] for r in own], ".", color=color)
-            axes.plot(sizes, means, color=color, label=method)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("calibration prompts", fontsize=8)
-    axes.set_title("other prompts and other times; a point a seed", fontsize=9)
+def mean(values: list[float]) -> float:
+    """Their mean; nan of none."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and standard deviation over seeds."""
+    middle = mean(values)
+    deviation = math.sqrt(mean([(v - middle) ** 2 for v in values]))
+    return {"mean": round(middle, 5), "std": round(deviation, 5), "seeds": len(values)}
+
+
+def joined(files: list[Path]) -> dict[str, Any]:
+    """The runs of several files as one result."""
+    parts = [json.loads(file.read_text()) for file in files]
+    return parts[0] | {"runs": [run for part in parts for run in part["runs"]]}
 
 
 def main() -> None:
@@ -278,20 +231,22 @@ def main() -> None:
     parser.add_argument("--format", default="int4")
     parser.add_argument("--test", type=int, default=64, help="prompts that are measured on")
     parser.add_argument("--sizes", nargs="+", type=int, help="measure nothing but these sizes")
-    parser.add_argument("--seeds", type=int, default=5, help="of the sizes")
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     parser.add_argument("--methods", nargs="+", default=("permuquant-h", "best"), help="of sizes")
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing new after this")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--plot", type=Path, help="draw from --out (and --more) instead of measuring"
+        "--more", type=Path, nargs="*", help="join these into --out, measure nothing"
     )
-    parser.add_argument("--more", type=Path, nargs="*", default=(), help="results to draw as well")
+    parser.add_argument("--plot", type=Path, help="draw --out, measure nothing")
     args = parser.parse_args()
     if args.plot:
-        plot([json.loads(f.read_text()) for f in (args.out, *args.more)], args.plot)
+        from generalisation_plot import plot
+
+        plot(json.loads(args.out.read_text()), args.plot)
         return
-    result = run(args)
+    result = joined(args.more) if args.more else run(args)
     result["summary"] = summary(result)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["summary"], indent=1))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from pq_fx.kernels.formats import Format
 
@@ -32,6 +33,7 @@ class Settings:
             are made smaller (or larger) by. Rotated channels are bell-shaped and rarely reach
             their largest magnitude, so that finer steps pay for clipping.
         rotations: points (by name) whose rotation is settled; the others' is chosen.
+        centers: fp32 [K] by point name: what was taken off its rows before (passes/balance.py).
         seed: of the swaps.
         fit_rows, held_rows: at most so many sampled rows measure errors in each half.
     """
@@ -49,6 +51,7 @@ class Settings:
     refine: int = 0
     clips: tuple[float, ...] = ()
     rotations: Mapping[str, int] = field(default_factory=dict)
+    centers: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     fit_rows: int = 256
     held_rows: int = 256

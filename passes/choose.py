@@ -98,6 +98,7 @@ def choose(
             {name: weights[name] for name in point.linears},
             every,
             one_row=point.one_row,
+            center=first.centers.get(point.name),
         )
     settled = first.rotations
     kept = {p.name: _KEEP._replace(rotation=settled.get(p.name, 0)) for p in region.points}

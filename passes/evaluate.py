@@ -46,6 +46,8 @@ class PointErrors:
         settings: formats and the search of the weights' scales; X is in the first linear's
             `activation` format.
         one_row: X stays as it is.
+        center: fp32 [K] that was taken off the rows (passes/balance.py): its share belongs to the
+            outputs that errors are relative to.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class PointErrors:
         settings: OwnSettings,
         *,
         one_row: bool = False,
+        center: Tensor | None = None,
     ) -> None:
         self.rows = rows
         self.fitted = fitted
@@ -64,6 +67,7 @@ class PointErrors:
         first = self.settings[next(iter(weights))]
         self.activation = None if one_row else first.activation
         self.weight_part = first.weight_part
+        self.center = center
         self._known: dict[tuple[bytes, int, float], Errors] = {}
 
     def __call__(self, order: np.ndarray | None, rotation: int, clip: float = 1.0) -> Errors:
@@ -125,6 +129,8 @@ class PointErrors:
                 q = torch.lerp(exact.to(q), q, self.weight_part)
             y = self.rows @ w.T
             error = torch.addmm(y, x, q.T, alpha=-1)
+            if self.center is not None:
+                y = y + self.center @ w.T
             for sums, values in ((lost, error), (whole, y)):
                 rows = values.square().sum(dim=1).double()
                 sums += torch.stack([rows[: self.fitted].sum(), rows[self.fitted :].sum()])

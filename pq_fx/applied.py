@@ -8,6 +8,7 @@ model. The record is a table of small CPU tensors on the model; a checkpoint sto
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from pq_fx.modules import QuantLinear
 
 PREFIX = "permuquant_edits."
 _ATTRIBUTE = "permuquant_edits"
-_KINDS = ("factor", "order")
+_KINDS = ("factor", "order", "offset", "center")
 
 
 Applied = Mapping[Axis, AxisEdit]
@@ -46,15 +47,27 @@ def from_edits(model: nn.Module, edits: Edits) -> dict[Axis, AxisEdit]:
     as a whole is not scaled, and no factor is recorded.
     """
     result = {}
-    for (name, axis), factor, order in edits.axes():
-        if factor is not None and axis == 1 and _multiplies(model, name):
-            factor = None
-        if factor is not None or order is not None:
+    for (name, axis), edit in edits.axes():
+        if edit.factor is not None and axis == 1 and _multiplies(model, name):
+            edit = replace(edit, factor=None)
+        if any(value is not None for value in _values(edit)):
+            factor, order, offset, center = _values(edit)
             result[name, axis] = AxisEdit(
-                None if factor is None else factor.detach().to("cpu", torch.float32, copy=True),
+                None if factor is None else _stored(factor),
                 None if order is None else order.to("cpu", torch.int32),
+                None if offset is None else _stored(offset),
+                None if center is None else _stored(center),
             )
     return result
+
+
+def _values(edit: AxisEdit) -> tuple[Tensor | None, ...]:
+    """In the order of `_KINDS`."""
+    return tuple(getattr(edit, kind) for kind in _KINDS)
+
+
+def _stored(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", torch.float32, copy=True)
 
 
 def _multiplies(model: nn.Module, name: str) -> bool:
@@ -94,7 +107,7 @@ def to_tensors(applied: Applied) -> dict[str, Tensor]:
     return {
         f"{PREFIX}{kind}.{axis}.{name}": value
         for (name, axis), edit in applied.items()
-        for kind, value in (("factor", edit.factor), ("order", edit.order))
+        for kind, value in zip(_KINDS, _values(edit), strict=True)
         if value is not None
     }
 
@@ -111,9 +124,11 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[Axis, AxisEdit]:
             continue
         kind, axis, name = [*key.removeprefix(PREFIX).split(".", 2), "", ""][:3]
         if kind not in _KINDS or not axis.isdecimal() or not name or not _good(kind, value):
-            raise CheckpointError(f"{key} is no order or factor of an axis: the file is damaged")
+            raise CheckpointError(
+                f"{key} is no edit of an axis ({', '.join(_KINDS)}): the file is damaged"
+            )
         found.setdefault((name, int(axis)), {})[kind] = value
-    return {axis: AxisEdit(v.get("factor"), v.get("order")) for axis, v in found.items()}
+    return {axis: AxisEdit(*(v.get(kind) for kind in _KINDS)) for axis, v in found.items()}
 
 
 def check(applied: Applied, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -122,7 +137,7 @@ def check(applied: Applied, shapes: Mapping[str, Sequence[int]]) -> None:
         # Pointwise convolutions that stay in float were linears at conversion.
         parent, _, leaf = name.rpartition(".")
         shape = shapes.get(name) or shapes.get(f"{parent.removesuffix('.linear')}.{leaf}", ())
-        sizes = {len(value) for value in (edit.factor, edit.order) if value is not None}
+        sizes = {len(value) for value in _values(edit) if value is not None}
         if axis >= len(shape) or sizes != {shape[axis]}:
             raise CheckpointError(
                 f"the record of folds has {max(sizes)} channels on axis {axis} of {name}, which the model has with "
@@ -136,4 +151,5 @@ def _good(kind: str, value: Tensor) -> bool:
     if kind == "order":
         counted = torch.arange(len(value), dtype=torch.int32)
         return value.dtype == torch.int32 and torch.equal(value.sort().values, counted)
-    return value.dtype == torch.float32 and bool((value.isfinite() & (value != 0)).all())
+    good = value.isfinite() & (value != 0) if kind == "factor" else value.isfinite()
+    return value.dtype == torch.float32 and bool(good.all())

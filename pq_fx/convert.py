@@ -22,7 +22,7 @@ from pq_fx.budget import apply_budget
 from pq_fx.config import QuantConfig
 from pq_fx.edits import Edits
 from pq_fx.errors import CalibrationError, DeviceMemoryError
-from pq_fx.packing import Draft, clips, pack_point, ratios
+from pq_fx.packing import Draft, Sample, clips, pack_point, ratios
 from pq_fx.passes.choose import RegionChoice, Settings, choose
 from pq_fx.passes.fold import axis_index, fold_tensors
 from pq_fx.passes.observe import Moments
@@ -187,11 +187,14 @@ def _choose(
     }
     moments = _moments(statistics, view)
     own: dict[str, Smoothed] = {}
-    if layers[view.points[0].linears[0]].config.recipe.smooth:
+    recipe = layers[view.points[0].linears[0]].config.recipe
+    if recipe.smooth or recipe.balance or recipe.center:
         if rotations is None:
-            smoothed.update(smooth_region(view, statistics.plan, moments, edits, settings))
+            smoothed.update(smooth_region(view, statistics.plan, moments, edits, settings, recipe))
         own = {p.name: smoothed[p.name] for p in view.points if p.name in smoothed}
-        moments |= {name: smoothed_moments(moments[name], s.scale) for name, s in own.items()}
+        moments |= {name: smoothed_moments(moments[name], s) for name, s in own.items()}
+        centers = {name: s.center / s.scale for name, s in own.items()}
+        settings = {n: replace(each, centers=centers) for n, each in settings.items()}
     weights = {n: edits.scaled(n) for p in view.points for n in p.linears}
     return with_errors_before(choose(view, moments, weights, settings), own)
 
@@ -217,18 +220,19 @@ def _pack_region(
     for point in view.points:
         # Statistics may have been gathered on another device than the model is on now.
         device = edits.tensors[point.linears[0]].device
-        sample = moments[point.name].sample().to(device, torch.float32)
-        own, inverse = smoothed.get(point.name), None
+        rows = moments[point.name].sample().to(device, torch.float32)
+        own, inverse, center = smoothed.get(point.name), None, None
         if own is not None and own.folded:
-            sample = sample / own.scale
+            rows, center = (rows - own.center) / own.scale, own.center / own.scale
         elif own is not None:
             inverse = 1.0 / own.scale
         if choice.fold is not None:
             order = torch.from_numpy(axis_index(view.columns[point.name], choice.fold)).to(device)
-            sample = sample[:, order]
+            rows = rows[:, order]
             inverse = None if inverse is None else inverse[order]
+            center = None if center is None else center[order]
         how = None if own is None else "folded" if own.folded else "multiply"
-        pack_point(view, point, choice, layers, sample, inverse, how, edits, draft)
+        pack_point(view, point, choice, layers, Sample(rows, center, inverse, how), edits, draft)
         if device.type != "cpu":
             for name in point.linears:
                 # Beside the float model only one layer's packed weight is on the device at a time.

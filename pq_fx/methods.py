@@ -28,7 +28,9 @@ class Method:
         compensate: weights rounded so that errors cancel on the sampled rows (GPTQ).
         search: weight scales searched.
         correct_bias: the mean output error on the sampled rows goes into the linear's bias.
-        smooth: move magnitude from activations to weights (SmoothQuant, arXiv 2211.10438).
+        center: the means of a tensor's channels are taken off where its producer's bias does it (passes/balance.py).
+        balance: channels of a tensor and of its weights made alike in size, where the producer takes the scale.
+        smooth: move magnitude from activations to weights (SmoothQuant, arXiv 2211.10438); excludes the last two.
         low_rank: rank of a 16-bit branch beside the quantized weight (SVDQuant, arXiv 2411.05007).
     """
 
@@ -40,6 +42,8 @@ class Method:
     compensate: bool = False
     search: bool = False
     correct_bias: bool = False
+    center: bool = False
+    balance: bool = False
     smooth: bool = False
     low_rank: int = 0
 
@@ -51,6 +55,8 @@ class Method:
             or self.clip
             or self.compensate
             or self.correct_bias
+            or self.center
+            or self.balance
             or self.smooth
             or self.refine > 0
             or self.low_rank > 0
@@ -72,6 +78,8 @@ METHODS: dict[str, Method] = {
         compensate=True,
         search=True,
         correct_bias=True,
+        center=True,
+        balance=True,
     ),
 }
 

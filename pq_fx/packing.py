@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -37,33 +38,43 @@ class Draft:
     rows: dict[str, LayerReport] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Rows fp32 [R, K] of a point as the edited model computes them.
+
+    `center` fp32 [K] was taken off them; what it gave is in the biases. `smooth` fp32 [K] multiplies them at run time
+    (the inverse is in the weights already); None: nothing does. `smoothing` is for the report.
+    """
+
+    rows: Tensor
+    center: Tensor | None = None
+    smooth: Tensor | None = None
+    smoothing: str | None = None
+
+
 def pack_point(
     view: Region,
     point: Point,
     choice: RegionChoice,
     layers: dict[str, Layer],
-    sample: Tensor,
-    smooth: Tensor | None,
-    smoothing: str | None,
+    sample: Sample,
     edits: Edits,
     draft: Draft,
 ) -> None:
-    """Pack all linears of a point.
-
-    `sample` [R, K] are rows as the edited model computes them; `smooth` fp32 [K] multiplies them at
-    run time (the inverse is in the weights already), None: nothing does; `smoothing` is for the report.
-    """
+    """Pack all linears of a point."""
     own = choice.points.get(point.name, PointChoice(None, 0))
     first = layers[point.linears[0]]
-    plain = sample.float()
-    seen = plain if smooth is None else plain * smooth
+    smooth = sample.smooth
+    seen = sample.rows if smooth is None else sample.rows * smooth
     quantizer = _input_quantizer(point, own, first.activation_format, seen, smooth)
-    rows = _Rows(seen, own, quantizer)
+    rows = _Rows(seen, sample.center, own, quantizer)
+    weights = {name: edits.edited(name).float() for name in point.linears}
+    together = _rounded_together([layers[n] for n in point.linears], weights, rows)
     for name in point.linears:
         layer = layers[name]
         fqn = layer.fact.fqn
-        weight = edits.edited(name).float()
-        packed = _packed_weight(layer, weight, rows)
+        weight = weights.pop(name)
+        packed = together.get(name) or _packed_weight(layer, weight, rows)
         bias_name = fqn + ".bias"
         bias = None if layer.module.bias is None else edits.edited(bias_name).clone()
         if bias is not None and layer.config.recipe.correct_bias:
@@ -86,7 +97,7 @@ def pack_point(
             error_after=error.after,
             accepted=choice.accepted,
             clip=own.clip,
-            smooth=smoothing,
+            smooth=sample.smoothing,
             low_rank=0 if packed.branch is None else packed.branch[0].shape[1],
         )
 
@@ -117,11 +128,16 @@ class _Rows:
     """A point's sampled rows as its linears will see them: half to fit on, half to measure with."""
 
     def __init__(
-        self, plain: Tensor, own: PointChoice, quantizer: ActivationQuantizer | None
+        self,
+        plain: Tensor,
+        center: Tensor | None,
+        own: PointChoice,
+        quantizer: ActivationQuantizer | None,
     ) -> None:
         self.perm = None if own.perm is None else torch.from_numpy(own.perm).to(plain.device)
         self.rotation = own.rotation
         self.plain = plain
+        self.center = center
         self.seen = permute_rotate(plain, self.perm, self.rotation)
         if quantizer is not None:
             fmt = Format.parse(quantizer.format)
@@ -155,6 +171,8 @@ class _Rows:
     def error(self, weight: Tensor, packed: _Packed, fmt: Format) -> float:
         """Relative squared output error on the half that nothing was fitted on."""
         wanted, lost = self._difference(weight, packed, fmt, slice(1, None, 2))
+        if self.center is not None:
+            wanted = wanted + self.center @ weight.T
         whole = wanted.square().sum()
         return float(lost.square().sum() / whole) if whole > 0 else 0.0
 
@@ -181,6 +199,27 @@ def clips(fmt: Format | None) -> tuple[float, ...]:
     if fmt.element == "e2m1":
         return (0.9, 1.15, 1.33, 1.5) if fmt.scale == "e8m0" else (0.9, 1.1, 1.25, 1.5)
     return {3: (0.9, 0.85, 0.8, 0.75, 0.7, 0.65), 4: (0.95, 0.9, 0.85, 0.8)}.get(fmt.bits, ())
+
+
+def _rounded_together(
+    layers: list[Layer], weights: Mapping[str, Tensor], rows: _Rows
+) -> dict[str, _Packed]:
+    """Linears of one point with one way of rounding, as one matrix: a GPU waits for launches, not for rows.
+
+    Empty where each is rounded by itself: formats that scale a whole tensor, low-rank branches.
+    """
+    first = layers[0]
+    ways = {(layer.weight_format.key, layer.config.recipe) for layer in layers}
+    if len(layers) < 2 or len(ways) > 1 or first.weight_format.two_level:
+        return {}
+    if not first.config.recipe.compensate or first.config.recipe.low_rank:
+        return {}
+    packed = _packed_weight(first, torch.cat(list(weights.values())), rows)
+    parts = [t.split([len(w) for w in weights.values()]) for t in packed.q[:2]]
+    return {
+        name: _Packed(Quantized(codes, scale, None), None)
+        for name, codes, scale in zip(weights, *parts, strict=True)
+    }
 
 
 def _packed_weight(layer: Layer, weight: Tensor, rows: _Rows) -> _Packed:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pq_fx.passes.regions import FoldAxis, Point, Region, RegionMap
-from pq_fx.passes.scales import scale_params
+from pq_fx.passes.scales import Absorber, absorbers
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,20 @@ class LinearFact:
 class GraphFacts:
     """What one graph showed, by parameter names: those it reads, its regions by name, its linears.
 
-    `scale_params` names, by a point's name, the parameters that take over a scale of its channels (passes/scales.py).
+    `absorbers` are, by a point's name, what takes over a scale and an offset of its channels (passes/scales.py).
     """
 
     params: frozenset[str]
     regions: dict[str, Region]
     linears: tuple[LinearFact, ...]
-    scale_params: dict[str, tuple[str, ...]]
+    absorbers: dict[str, tuple[Absorber, ...]]
 
     def same(self, other: GraphFacts) -> bool:
         """Whether the two say the same; another resolution's graph of a model usually does."""
         return (
             self.params == other.params
             and self.linears == other.linears
-            and self.scale_params == other.scale_params
+            and self.absorbers == other.absorbers
             and self.regions.keys() == other.regions.keys()
             and all(_same(r, other.regions[name]) for name, r in self.regions.items())
         )
@@ -51,7 +51,7 @@ class Plan:
 
     regions: dict[str, Region] = field(default_factory=dict)
     linears: dict[str, LinearFact] = field(default_factory=dict)
-    scale_params: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    absorbers: dict[str, tuple[Absorber, ...]] = field(default_factory=dict)
     graphs: list[GraphFacts] = field(default_factory=list)  # from which the others follow
 
     def add(
@@ -67,8 +67,7 @@ class Plan:
             sizes = (linear.in_features, linear.out_features)
             linears.append(LinearFact(fqn, *sizes, linear.treatment, linear.reason))
         regions = {names[r.name]: rename_region(r, names) for r in found.regions}
-        scales = _scale_params(found, names)
-        self.take(GraphFacts(params, regions, tuple(linears), scales))
+        self.take(GraphFacts(params, regions, tuple(linears), _absorbers(found, names)))
         return {p.name: names[p.name] for r in found.regions for p in r.points}
 
     def take(self, facts: GraphFacts) -> None:
@@ -88,10 +87,10 @@ class Plan:
             )
         for linear in facts.linears:
             self.linears.setdefault(linear.fqn, linear)
-        for point, own in facts.scale_params.items():
+        for point, own in facts.absorbers.items():
             # Graphs that disagree leave an explicit multiplication, which is always right.
-            if self.scale_params.setdefault(point, own) != own:
-                self.scale_params[point] = ()
+            if self.absorbers.setdefault(point, own) != own:
+                self.absorbers[point] = ()
         self.graphs.append(facts)
         self._check_foreign_use()
 
@@ -105,9 +104,7 @@ class Plan:
 
     def copy(self) -> Plan:
         """A plan that further graphs can be added to without changing this one."""
-        return Plan(
-            dict(self.regions), dict(self.linears), dict(self.scale_params), list(self.graphs)
-        )
+        return Plan(dict(self.regions), dict(self.linears), dict(self.absorbers), list(self.graphs))
 
     def _check_foreign_use(self) -> None:
         """A region may fold only where every graph that reads its parameters shows the same region."""
@@ -124,13 +121,13 @@ class Plan:
                     break
 
 
-def _scale_params(found: RegionMap, names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+def _absorbers(found: RegionMap, names: Mapping[str, str]) -> dict[str, tuple[Absorber, ...]]:
     result = {}
     for region in found.regions:
         for point in region.points:
             readers = [found.linears[n].node for n in point.linears]
-            params = scale_params(found.sources[point.name], readers, names)
-            result[names[point.name]] = tuple(names[p] for p in params)
+            own = absorbers(found.sources[point.name], readers, names)
+            result[names[point.name]] = tuple(replace(a, param=names[a.param]) for a in own)
     return result
 
 

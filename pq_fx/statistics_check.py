@@ -6,6 +6,7 @@ import numpy as np
 
 from pq_fx.errors import CalibrationError
 from pq_fx.passes.regions import Region
+from pq_fx.passes.scales import KINDS
 from pq_fx.plan import GraphFacts
 from pq_fx.statistics import Statistics
 
@@ -37,8 +38,16 @@ def _check_linears(facts: GraphFacts) -> None:
             type(n) is int and n > 0 for n in sizes
         )
         _require(good and fact.treatment in TREATMENTS, f"{fact} describes no linear")
-    for point, params in facts.scale_params.items():
-        good = all(isinstance(name, str) and name in facts.params for name in params)
+    for point, own in facts.absorbers.items():
+        good = all(
+            isinstance(a.param, str)
+            and a.param in facts.params
+            and a.kind in KINDS
+            and type(a.start) is type(a.stop) is int
+            and 0 <= a.start < a.stop
+            and type(a.aligned) is bool
+            for a in own
+        )
         _require(good, f"what takes over scales of {point} is not in its graph")
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,13 @@ from pq_fx import strict_json
 from pq_fx.errors import CalibrationError
 from pq_fx.passes.observe import FIELDS, Moments
 from pq_fx.passes.regions import FoldAxis, Point, Region
+from pq_fx.passes.scales import Absorber
 from pq_fx.plan import GraphFacts, LinearFact, Plan
 from pq_fx.statistics import ModelId, Statistics
 from pq_fx.statistics_check import check_restored
 from pq_fx.storage import atomic_file, writing
 
-VERSION = 2
-_WITHOUT_CHECKSUM = 1
+VERSION = 3
 CHECKSUM = "sha256"
 HEADER = "pq_fx_statistics"
 _PLAN = "@plan/"
@@ -85,7 +86,7 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
             header = _header(text)
             # Copies: a mapped tensor is not aligned, and BLAS then sums in another order.
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-        if header["version"] == VERSION and header[CHECKSUM] != checksum(header, tensors):
+        if header[CHECKSUM] != checksum(header, tensors):
             raise ValueError("its checksum is not the one that it names")
         arrays = [tensors[f"{_PLAN}{i}"].numpy() for i in range(header["arrays"])]
         found = restore(header, arrays)
@@ -109,12 +110,10 @@ def _header(text: str) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ValueError("its description is no table")
     version, has_one = header.get("version"), CHECKSUM in header
-    # Both must agree, so that no single damaged byte turns the checksum off.
-    known = (VERSION, True), (_WITHOUT_CHECKSUM, False)
-    if type(version) is not int or (version, has_one) not in known:
+    if type(version) is not int or version != VERSION or not has_one:
         raise CalibrationError(
             f"it holds statistics of version {version!r} (checksum: {'yes' if has_one else 'no'}); this release "
-            f"reads {VERSION} (yes) and {_WITHOUT_CHECKSUM} (no): calibrate again"
+            f"reads {VERSION} (yes): calibrate again"
         )
     return header
 
@@ -173,7 +172,7 @@ def _graph(facts: GraphFacts, arrays: list[np.ndarray]) -> dict[str, Any]:
         "linears": [
             [f.fqn, f.in_features, f.out_features, f.treatment, f.reason] for f in facts.linears
         ],
-        "scale_params": facts.scale_params,
+        "absorbers": {n: [astuple(a) for a in own] for n, own in facts.absorbers.items()},
         "regions": [
             {
                 "name": r.name,
@@ -210,5 +209,5 @@ def _facts(graphs: list[dict[str, Any]], arrays: list[np.ndarray]) -> Iterator[G
             frozenset(graph["params"]),
             {r.name: r for r in regions},
             linears,
-            {point: tuple(params) for point, params in graph["scale_params"].items()},
+            {n: tuple(Absorber(*a) for a in own) for n, own in graph["absorbers"].items()},
         )

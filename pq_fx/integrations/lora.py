@@ -116,6 +116,12 @@ def _fit(model: nn.Module, adapters: set[str]) -> None:
             if getattr(layer, "lora_magnitude_vector", {}) and (columns or rows):
                 refuse_dora(name)
             if columns is not None:
+                if columns.center is not None:
+                    # The input comes without it; what B A would have made of it is a bias, as in the layer beneath.
+                    center = columns.center.to(down.weight)
+                    given = up.weight.data @ (down.weight.data @ center)
+                    bias = given if up.bias is None else up.bias.data + given
+                    up.bias = torch.nn.Parameter(bias, requires_grad=False)
                 down.weight.data = columns.apply(down.weight.data, 1)
             if rows is not None:
                 up.weight.data = rows.apply(up.weight.data, 0)

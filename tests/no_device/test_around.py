@@ -202,16 +202,17 @@ def test_a_lora_is_a_side_branch_in_the_folded_order(int4: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("flux", "permuquant"), ("sana", "smoothquant"), ("flux", "svdquant")],
+    [("flux", "permuquant"), ("sana", "smoothquant"), ("flux", "svdquant"), ("flux", "best")],
 )
 def test_a_lora_of_each_layer_is_exact(family: str, method: str) -> None:
     """What the adapter adds is B A x, in the float model's order and scale.
 
-    FLUX has no place where a smoothing scale commutes, SANA has the norm of its captions; smoothing needs quantized
-    activations, which the adapter's branch does not see.
+    FLUX has no norm where a SmoothQuant scale commutes, SANA has that of its captions; FLUX's modulation takes over
+    scales and means. Both need quantized activations, which the adapter's branch does not see.
     """
     smooth = method == "smoothquant"
-    config = replace(CONFIG, method=method, activation_format="same" if smooth else None)
+    quantized = "same" if method in ("smoothquant", "best") else None
+    config = replace(CONFIG, method=method, activation_format=quantized)
     pipe = pipelines.make(family)
     targets = SMOOTHED if smooth else TARGETS
     quantizer = pq_fx.prepare(pipe.transformer, config)
@@ -222,12 +223,13 @@ def test_a_lora_of_each_layer_is_exact(family: str, method: str) -> None:
     state, edits = lora(pipelines.make(family).transformer, targets), applied.of_model(model)
     plain = copy.deepcopy(model)
     model.load_lora_adapter(dict(state))
-    seen = 0
+    seen = centered = 0
     for name in targets:
         a, b = (state[f"transformer.{name}.lora_{x}.weight"] for x in "AB")
         x = torch.randn(5, a.shape[1])  # as the float model computes it
         columns, rows = edits.get((f"{name}.weight", 1)), edits.get((f"{name}.weight", 0))
-        given = x if columns is None else x / (1.0 if columns.factor is None else columns.factor)
+        given = x if columns is None or columns.center is None else x - columns.center
+        given = given if columns is None or columns.factor is None else given / columns.factor
         if columns is not None and columns.order is not None:
             given = given[:, columns.order]
         want = x @ a.T @ b.T
@@ -237,7 +239,9 @@ def test_a_lora_of_each_layer_is_exact(family: str, method: str) -> None:
         got = model.get_submodule(name)(given) - plain.get_submodule(name)(given)
         assert relative(got, want) < 1e-4, name
         seen += columns is not None or rows is not None
+        centered += columns is not None and columns.center is not None
     assert seen > 2 or method == "svdquant"
+    assert (centered > 2) == (method == "best")
 
 
 @pytest.mark.usefixtures("no_inductor")
@@ -280,7 +284,9 @@ def test_fuse_then_quantize() -> None:
     assert 0 < relative(run(pipe.transformer), want) < 0.3
 
 
-@pytest.mark.parametrize(("family", "method"), [("flux", "permuquant-h"), ("sana", "smoothquant")])
+@pytest.mark.parametrize(
+    ("family", "method"), [("flux", "permuquant-h"), ("sana", "smoothquant"), ("flux", "best")]
+)
 def test_dequantize_undoes_folds_and_smoothing(family: str, method: str, tmp_path: Path) -> None:
     """Every tensor of the float model comes back, but for rounding, also after saving and loading."""
     float_model = pipelines.make(family).transformer
@@ -305,4 +311,5 @@ def test_dequantize_undoes_folds_and_smoothing(family: str, method: str, tmp_pat
 
 
 def edit_bytes(edit: applied.AxisEdit) -> list[bytes | None]:
-    return [None if v is None else v.numpy().tobytes() for v in (edit.factor, edit.order)]
+    values = (edit.factor, edit.order, edit.offset, edit.center)
+    return [None if v is None else v.numpy().tobytes() for v in values]

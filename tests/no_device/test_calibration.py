@@ -159,18 +159,18 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_files_that_are_damaged_or_foreign_are_refused(tmp_path: Path) -> None:
     saved(gathered(block(), calls(1)), tmp_path / "s")
     whole = (tmp_path / "s").read_bytes()
-    assert b'\\"version\\": 2' in whole
+    assert b'\\"version\\": 3' in whole
     lacking = load_file(tmp_path / "s")
     del lacking["down.weight/keys"], lacking["@plan/0"]
     for name, content, says in (
         ("cut", whole[:-9], "damaged"),
-        ("old", whole.replace(b'\\"version\\": 2', b'\\"version\\": 7'), "version 7.*reads 2"),
+        ("old", whole.replace(b'\\"version\\": 3', b'\\"version\\": 7'), "version 7.*reads 3"),
         (
             "bare",
-            whole.replace(b'\\"version\\": 2', b'\\"version\\": 1'),
+            whole.replace(b'\\"version\\": 3', b'\\"version\\": 1'),
             "version 1 .checksum: yes",
         ),
-        ("json", whole.replace(b'\\"version\\": 2', b'\\"version\\"; 2'), "damaged"),
+        ("json", whole.replace(b'\\"version\\": 3', b'\\"version\\"; 2'), "damaged"),
         ("row", whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:], "checksum is not the one"),
         ("text", b"{}", "damaged"),
     ):

@@ -308,6 +308,7 @@ def test_the_record_of_folds_comes_back(tmp_path):
         ("factor.0.first.weight", torch.full((WIDTH,), float("nan"))),
         ("factor.0.first.weight", torch.zeros(WIDTH)),
         ("factor.x.first.weight", torch.ones(WIDTH)),
+        ("offset.0.first.bias", torch.full((WIDTH,), float("inf"))),
         ("rotation.0.first.weight", torch.ones(WIDTH)),
         ("factor.0", torch.ones(WIDTH)),
         ("factor.\u00b2.first.weight", torch.ones(WIDTH)),  # a digit to str.isdigit, not to int
@@ -316,7 +317,7 @@ def test_the_record_of_folds_comes_back(tmp_path):
 def test_a_damaged_record(saved, name, value):
     _, folder = saved
     edit_tensors(folder, lambda tensors: tensors.update({applied.PREFIX + name: value}))
-    refused(folder, "no order or factor of an axis")
+    refused(folder, "no edit of an axis")
 
 
 @pytest.mark.parametrize("name", ["0.nowhere.weight", "2.first.weight", "1.first.weight"])

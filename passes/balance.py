@@ -1,0 +1,93 @@
+"""Balancing: a tensor without its channels' means, and with each channel as large as the weights that read it.
+
+    before   y = Q(x R) Q(W R)^T + b
+    after    y = Q((x - m) / s R) Q(W s R)^T + (b + W m)        m_k = E[x_k]
+                                                                s_k = (rms(x_k - m_k) / rms(W[:, k]))^(a / 2)
+
+Under a rotation R every channel of a group gets the group's mean energy, and the output error of a
+group is the product of its activations' and its weights' energies, sum(x_k^2) sum(w_k^2). By Cauchy
+and Schwarz that product is at least sum(|x_k w_k|)^2, reached where x_k / s_k and w_k s_k are alike:
+a = 1. SmoothQuant's scale (passes/smooth.py) is made from largest magnitudes, for a quantizer without
+rotation. The mean carries no information between rows, but takes steps of the group's scale.
+
+Both cost nothing at run time where what produces the tensor takes them over (passes/scales.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pq_fx.passes.candidates import rotation_size
+from pq_fx.passes.choice import OwnSettings, settings_of
+from pq_fx.passes.evaluate import Errors, PointErrors, halves
+from pq_fx.passes.observe import Moments
+from pq_fx.passes.regions import Point
+
+EXPONENTS = (0.5, 1.0)
+# Channels smaller than this part of the largest count as this large: no factor beyond its square root.
+_FLOOR = 1e-3
+
+
+class Balance(NamedTuple):
+    """A point's scale s and center m, fp32 [K], and held-out errors without them by weight name."""
+
+    scale: Tensor
+    center: Tensor
+    before: dict[str, float]
+
+
+def balance(
+    point: Point,
+    moments: Mapping[str, Moments],
+    weights: Mapping[str, Tensor],
+    settings: OwnSettings,
+    *,
+    scale: bool,
+    center: bool,
+) -> Balance | None:
+    """The scale and center with the least output error, or None where neither helps.
+
+    `scale` and `center` say what may differ from 1 and 0. Fitted on one half of the sampled rows and
+    accepted on the other. Raises CalibrationError as `choose` does.
+    """
+    own = settings_of(settings, point.linears[0])
+    if own.activation is None or point.one_row or not (scale or center):
+        return None
+    fit, held = halves(point, moments, weights)
+    if len(fit) == 0 or len(held) == 0:
+        return None
+    rows = torch.cat([fit[: own.fit_rows], held[: own.held_rows]])
+    fitted = min(len(fit), own.fit_rows)
+    wide = {name: weights[name].float() for name in point.linears}
+    energy = torch.cat(list(wide.values())).square().mean(dim=0).sqrt()
+    groups = (own.activation.group_size, own.weight.group_size)
+    rotations = (0, rotation_size(point.channels, groups)) if own.rotate else (0,)
+    zero = torch.zeros_like(energy)
+
+    def errors(s: Tensor, m: Tensor) -> Errors:
+        # Candidates of order and clip ratio come later: what is compared here is cheap.
+        scaled = {name: w * s for name, w in wide.items()}
+        measure = PointErrors((rows - m) / s, fitted, scaled, settings, center=m / s)
+        return min((measure(None, r) for r in rotations), key=lambda e: sum(e.fit.values()))
+
+    plain = errors(torch.ones_like(energy), zero)
+    best, least, held_out = None, sum(plain.fit.values()), 0.0
+    m = fit.mean(dim=0) if center else zero
+    size = _floored((fit - m).square().mean(dim=0).sqrt()) / _floored(energy)
+    for exponent in (0.0, *EXPONENTS) if scale else (0.0,):
+        s = size.pow(exponent / 2)
+        # Of equal balance the factors 1 / s that are at least 1: 1 + scale stays far from cancelling.
+        s = s / s.amax()
+        found = errors(s, m)
+        if sum(found.fit.values()) < least:
+            least, held_out = sum(found.fit.values()), sum(found.held.values())
+            best = Balance(s, m, plain.held)
+    return best if best is not None and held_out < sum(plain.held.values()) else None
+
+
+def _floored(magnitude: Tensor) -> Tensor:
+    return magnitude.clamp(min=float(magnitude.amax().clamp(min=1e-30)) * _FLOOR)
