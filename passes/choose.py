@@ -36,7 +36,7 @@ from pq_fx.passes.choice import (
 )
 from pq_fx.passes.evaluate import GLOBAL_SCALE_ROOM, PointErrors, halves, second_moments
 from pq_fx.passes.observe import Moments
-from pq_fx.passes.refine import refine
+from pq_fx.passes.refine import homes, refine
 from pq_fx.passes.regions import Point, Region
 
 __all__ = ["LinearError", "PointChoice", "RegionChoice", "Settings", "choose"]
@@ -217,7 +217,7 @@ def _refined(
                 fitting[point.name][: settings.fit_rows],
                 torch.from_numpy(seconds[point.name][1]).to(fitting[point.name]),
                 start,
-                None if free else _homes(region.blocks[columns]),
+                None if free else homes(region.blocks[columns]),
                 activation,
                 rotation=own.rotation,
                 clip=own.clip,
@@ -234,14 +234,6 @@ def _refined(
             fold = np.empty_like(columns)
             fold[columns] = columns[best.order]
     return _Plan(fold, plan.alpha, options)
-
-
-def _homes(blocks: np.ndarray) -> np.ndarray:
-    """Blocks by column, where every column that may not move is a block of its own."""
-    homes = blocks.copy()
-    fixed = np.flatnonzero(blocks < 0)
-    homes[fixed] = blocks.max(initial=-1) + 1 + np.arange(fixed.size)
-    return homes
 
 
 def _groups(measure: PointErrors) -> set[int]:

@@ -97,3 +97,11 @@ def _can_cross(groups: np.ndarray) -> bool:
             if owners.setdefault(int(block), index) != index:
                 return True
     return False
+
+
+def homes(blocks: np.ndarray) -> np.ndarray:
+    """Blocks by column (int64 [K]), where every column that may not move is a block of its own."""
+    homes = blocks.copy()
+    fixed = np.flatnonzero(blocks < 0)
+    homes[fixed] = blocks.max(initial=-1) + 1 + np.arange(fixed.size)
+    return homes

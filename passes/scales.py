@@ -36,8 +36,8 @@ _LAYOUT = {
 _SDPA = aten.scaled_dot_product_attention.default
 _LINEAR = aten.linear.default
 _SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
-# Readers that do not compute with the values: the observer of calibration.
-_WATCHERS = ("pq.observe.default",)
+# Readers that do not compute with the values: the observer of calibration, and sizes where shapes are dynamic.
+_WATCHERS = ("pq.observe.default", "aten.sym_size.int", "aten.sym_numel.default")
 
 
 KINDS = ("factor", "offset", "one_plus")
@@ -136,10 +136,11 @@ def _walk_modulated(
     match = match_norm(node)
     if match is None or match.weight is not None or match.mod_scale is None:
         return False
-    if match.mod_shift is None or len(match.mod_scale.users) != 1:
+    adds = [u for u in match.mod_scale.users if str(u.target) not in _WATCHERS]
+    if match.mod_shift is None or len(adds) != 1:
         return False
     inside = allowed | {*match.nodes}
-    one_plus = next(iter(match.mod_scale.users))
+    one_plus = adds[0]
     if not all(_only_read_by(n, inside) for n in (*match.nodes, one_plus)):
         return False
     return _take_rows(match.mod_scale, inside | {one_plus}, params, found, "one_plus") and (
@@ -164,7 +165,7 @@ def _take_rows(
         split = node.args[0] if node.args else None
         if not isinstance(split, fx.Node):
             return False
-        if is_identity(node) or node.target is aten.unsqueeze.default:
+        if is_identity(node) or node.target is aten.unsqueeze.default or _cuts_rows(node):
             node = split
             continue
         if node.target is not operator.getitem or split.target not in _SPLITS or start:
@@ -180,6 +181,12 @@ def _take_rows(
             return False
         node, inside = whole, inside | {split}
     return False
+
+
+def _cuts_rows(node: fx.Node) -> bool:
+    """A slice of another axis than the last: Dynamo writes x[:, None] with one where the batch is dynamic."""
+    axis = node.args[1] if len(node.args) > 1 else 0
+    return node.target is aten.slice.Tensor and axis not in (-1, len(shape_of(node)) - 1)
 
 
 def _keeps_channels(node: fx.Node, before: fx.Node) -> bool:
