@@ -1,6 +1,7 @@
 """Nothing wrong, nothing lost: damage, faults and repetition, counted.
 
     python bench/robustness.py mutations --count 1000 --out bench/results/robustness.json
+    python bench/robustness.py repeat --out bench/results/robustness.json
     python bench/robustness.py faults --kills 50 --out bench/results/robustness.json
 
 Each command replaces its own part of the JSON. `wrong` counts what must never be: other numbers without an error, an
@@ -20,6 +21,7 @@ from typing import Any
 
 from robust_faults import run_faults
 from robust_mutations import run_mutations
+from robust_repeat import run_repeat
 
 
 def versions() -> dict[str, str]:
@@ -37,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["mutations", "faults"])
+    parser.add_argument("part", choices=["mutations", "faults", "repeat"])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -46,6 +48,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         if args.part == "mutations":
             result = run_mutations(args.count, args.seed, Path(work))
+        elif args.part == "repeat":
+            result = run_repeat(Path(work))
         else:
             result = run_faults(args.kills, args.seed, Path(work))
     print(json.dumps({k: v for k, v in result.items() if k not in ("by_kind", "found")}, indent=1))
