@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pq_fx import applied, checkpoint_config, checkpoint_model
+from pq_fx import applied, checkpoint_config, checkpoint_model, seen
 from pq_fx.checkpoint_files import check_weights, read_tensors
 from pq_fx.checkpoint_plan import Plan, check_kind
 from pq_fx.errors import CalibrationError, CheckpointError
@@ -124,6 +124,7 @@ class PermuQuantHfQuantizer(HfQuantizer):
         if self.report is not None:
             self.report.attach(model)
         applied.note(model, self.record)
+        seen.attach(model, *seen.from_config(model, self.quantization_config.stored))
         adopt(model)
         return model.eval()
 

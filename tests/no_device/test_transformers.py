@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pq_fx
-from pq_fx.errors import CheckpointError
+from pq_fx.errors import CheckpointError, UnseenError
 from pq_fx.modules import QuantLinear, quantized_linears
 from pq_fx.report import Report
 
@@ -104,6 +104,14 @@ def test_a_dtype_changes_floats_only(tmp_path: Path) -> None:
     assert (one.weight.dtype, one.weight_scale.dtype) == (torch.uint8, torch.bfloat16)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert (run(loaded).float() - run(model)).norm() / run(model).norm() < 0.1
+
+
+def test_what_calibration_never_saw_is_refused_after_loading(tmp_path: Path) -> None:
+    quantized("bert").save_pretrained(tmp_path)
+    loaded = T.AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad(), pytest.raises(UnseenError, match="inputs_embeds"):
+        loaded(inputs_embeds=torch.randn(2, 9, 32))
+    run(loaded)
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
