@@ -6,6 +6,7 @@ in pq_fx may import from `torch._dynamo`, `torch._inductor`, `torch._guards` or 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -198,6 +199,9 @@ def dynamo_piece() -> tuple[bool, bool]:
     try:
         translator = InstructionTranslator.current_tx()
     except AttributeError:
+        return False, False
+    if translator.f_code.co_filename.endswith(os.path.join("accelerate", "hooks.py")):
+        # accelerate wraps `forward`, and its hook breaks the graph before and after it: in between is the whole model.
         return False, False
     resumes = translator.f_code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
     reason = translator.output.compile_subgraph_reason

@@ -66,7 +66,8 @@ EXPECTED = {
     "flux2": (1, 16, 12, 28, 4, 7, 0),
     "chroma": (1, 11, 9, 25, 0, 4, 0),
     "hunyuan": (1, 20, 14, 23, 5, 12, 0),
-    "lumina": (4, 25, 9, 29, 0, 8, 0),
+    # In pieces, and here none is told of the piece before it.
+    "lumina": (4, 25, 9, 28, 0, 9, 0),
     "hidream": (21, 28, 9, 34, 0, 6, 0),
 }
 # These compute norms, modulation or linear attention in fp32 whatever the model's dtype, so that a sum over permuted
