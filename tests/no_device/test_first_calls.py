@@ -28,7 +28,9 @@ def first_calls(name: str, calls: int, steps: int) -> tuple[nn.Module, torch.Ten
         for call in range(calls):
             got = run(**inputs)[0]
             if call < steps + 1:  # the one that follows may be converted on its way
-                assert torch.equal(torch.stack(list(got)), torch.stack(list(want)))
+                # The float model's own numbers, but for sums in another order where memory lies otherwise.
+                close = {"rtol": 1e-5, "atol": 1e-5}
+                torch.testing.assert_close(torch.stack(list(got)), torch.stack(list(want)), **close)
     assert (torch.stack(list(got)) - torch.stack(list(want))).norm() < 0.3 * torch.stack(
         list(want)
     ).norm()
