@@ -7,7 +7,6 @@ so the 16-bit model never exists. Saving goes through `pq_fx.save`, whichever wa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +15,12 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from pq_fx import applied, checkpoint_config, checkpoint_model, seen
-from pq_fx.checkpoint_files import check_weights, read_tensors
+from pq_fx import applied, checkpoint_config, checkpoint_model
 from pq_fx.checkpoint_plan import Plan, check_kind
 from pq_fx.config import QuantConfig
 from pq_fx.dequantize import dequantize
 from pq_fx.errors import CalibrationError, CheckpointError
-from pq_fx.integrations import methods
-from pq_fx.pointwise import linearize
+from pq_fx.integrations import loading, methods
 from pq_fx.report import Report
 
 
@@ -147,35 +144,13 @@ class PermuQuantizer(DiffusersQuantizer):
         self, loaded_keys: list[str], checkpoint_files: list[str]
     ) -> list[str]:
         """Check config.json and the weight files before anything is made of them."""
-        folder = Path(checkpoint_files[0]).parent
-        config = checkpoint_config.read_config(folder)
-        files = check_weights(folder, config.get("weights"))
-        # diffusers goes by the index, which is not ours to trust: it may name files that were not checked.
-        if foreign := sorted({Path(f).name for f in checkpoint_files} - {f.name for f in files}):
-            raise CheckpointError(
-                f"{', '.join(foreign)} would be read, but config.json in {folder} does not list it: the index was "
-                "changed, or a variant was asked for that pq_fx did not save"
-            )
-        self._record = applied.from_tensors(dict(read_tensors(files, applied.is_record)))
-        self._report = checkpoint_config.read_report(folder)
+        self._record, self._report = loading.read_folder(checkpoint_files)
         return [key for key in loaded_keys if not applied.is_record(key)]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         plan = Plan.from_dict(self.quantization_config.stored)
-        linearize(model, plan.pointwise_names())
-        plan.check_model(model)
-        applied.check(self._record, checkpoint_model.float_shapes(model, plan))
-        expected = self._expected = plan.expected()
-        self._checks = plan.checks()
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        aliases = checkpoint_model.linear_aliases(model, plan)
-
-        def empty(name: str, fqn: str) -> Tensor:
-            kind, shape = expected[name]
-            return torch.empty(shape, dtype=kind or dtype, device="meta")
-
-        linears = checkpoint_model.build_linears(plan, empty)
-        checkpoint_model.put_linears(model, aliases, linears)
+        self._expected, self._checks = plan.expected(), plan.checks()
+        loading.put_empty(model, plan, self._record)
         stored = checkpoint_model.stored_names(model).items()
         self._ties = {name: first for name, first in stored if name != first}
         # On the meta device accelerate makes tied parameters two, so the checkpoint knows them.
@@ -257,13 +232,7 @@ class PermuQuantizer(DiffusersQuantizer):
                 owner = model.get_submodule(parent)
                 table = owner._parameters if leaf in owner._parameters else owner._buffers
                 table[leaf] = state[first]
-        empty = [name for name, value in checkpoint_model.state_of(model).items() if value.is_meta]
-        if empty:
-            raise CheckpointError(f"the checkpoint did not fill {', '.join(empty[:5])}")
-        if self._report is not None:
-            self._report.attach(model)
-        applied.note(model, self._record)
-        seen.attach(model, *seen.from_config(model, self.quantization_config.stored))
+        loading.finish(model, self.quantization_config.stored, self._record, self._report)
         methods.take_over(model)
         return model
 

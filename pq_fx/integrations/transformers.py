@@ -10,23 +10,19 @@ Needs transformers 5, whose loading this was written for and tested with.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pq_fx import applied, checkpoint_config, checkpoint_model, seen
-from pq_fx.checkpoint_files import check_weights, read_tensors
+from pq_fx import applied, checkpoint_config, checkpoint_model
 from pq_fx.checkpoint_plan import Plan, check_kind
 from pq_fx.errors import CalibrationError, CheckpointError
-from pq_fx.integrations import methods
+from pq_fx.integrations import loading, methods
 from pq_fx.modules import QuantLinear
-from pq_fx.pointwise import linearize
 from pq_fx.report import Report
 
 
@@ -78,30 +74,8 @@ class PermuQuantHfQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise CheckpointError("a quantized model is loaded from a folder, not a state dict")
-        folder = Path(checkpoint_files[0]).parent
-        config = checkpoint_config.read_config(folder)
-        files = check_weights(folder, config.get("weights"))
-        # transformers goes by the index, which may name files that were not checked.
-        if foreign := sorted({Path(f).name for f in checkpoint_files} - {f.name for f in files}):
-            raise CheckpointError(
-                f"{', '.join(foreign)} would be read, but config.json in {folder} does not list it"
-            )
-        self.report = checkpoint_config.read_report(folder)
-        with torch.device("cpu"):  # transformers has the meta device switched on here
-            self.record = applied.from_tensors(dict(read_tensors(files, applied.is_record)))
-        linearize(model, self.plan.pointwise_names())
-        self.plan.check_model(model)
-        applied.check(self.record, checkpoint_model.float_shapes(model, self.plan))
-        expected = self.plan.expected()
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-        def empty(name: str, fqn: str) -> Tensor:
-            kind, shape = expected[name]
-            return torch.empty(shape, dtype=kind or dtype, device="meta")
-
-        aliases = checkpoint_model.linear_aliases(model, self.plan)
-        self.linears = checkpoint_model.build_linears(self.plan, empty)
-        checkpoint_model.put_linears(model, aliases, self.linears)
+        self.record, self.report = loading.read_folder(checkpoint_files)
+        self.linears = loading.put_empty(model, self.plan, self.record)
         for fqn, entry in self.plan.layers.items():
             if entry.input_quantizer != f"{fqn}.input_quantizer":
                 self.linears[fqn].input_quantizer = None
@@ -119,12 +93,7 @@ class PermuQuantHfQuantizer(HfQuantizer):
             check_kind(name, state[name], kind, shape)
         for name, check in self.plan.checks().items():
             check(name, state[name])
-        if empty := [name for name, value in state.items() if value.is_meta]:
-            raise CheckpointError(f"the checkpoint did not fill {', '.join(empty[:5])}")
-        if self.report is not None:
-            self.report.attach(model)
-        applied.note(model, self.record)
-        seen.attach(model, *seen.from_config(model, self.quantization_config.stored))
+        loading.finish(model, self.quantization_config.stored, self.record, self.report)
         adopt(model)
         return model.eval()
 
