@@ -15,7 +15,7 @@ Both cost nothing at run time where what produces the tensor takes them over (pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pq_fx.passes.candidates import rotation_size
 from pq_fx.passes.choice import OwnSettings, settings_of
-from pq_fx.passes.evaluate import Errors, PointErrors, halves
+from pq_fx.passes.evaluate import Errors, PointErrors, halves, least, measured
 from pq_fx.passes.observe import Moments
 from pq_fx.passes.regions import Point
 
@@ -60,8 +60,7 @@ def balance(
     fit, held = halves(point, moments, weights)
     if len(fit) == 0 or len(held) == 0:
         return None
-    rows = torch.cat([fit[: own.fit_rows], held[: own.held_rows]])
-    fitted = min(len(fit), own.fit_rows)
+    rows, fitted = measured(fit, held, own)
     wide = {name: weights[name].float() for name in point.linears}
     energy = torch.cat(list(wide.values())).square().mean(dim=0).sqrt()
     groups = (own.activation.group_size, own.weight.group_size)
@@ -75,18 +74,17 @@ def balance(
         return min((measure(None, r) for r in rotations), key=lambda e: sum(e.fit.values()))
 
     plain = errors(torch.ones_like(energy), zero)
-    best, least, held_out = None, sum(plain.fit.values()), 0.0
     m = fit.mean(dim=0) if center else zero
     size = _floored((fit - m).square().mean(dim=0).sqrt()) / _floored(energy)
-    for exponent in (0.0, *EXPONENTS) if scale else (0.0,):
-        s = size.pow(exponent / 2)
-        # Of equal balance the factors 1 / s that are at least 1: 1 + scale stays far from cancelling.
-        s = s / s.amax()
-        found = errors(s, m)
-        if sum(found.fit.values()) < least:
-            least, held_out = sum(found.fit.values()), sum(found.held.values())
-            best = Balance(s, m, plain.held)
-    return best if best is not None and held_out < sum(plain.held.values()) else None
+
+    def candidates() -> Iterator[tuple[Balance, Errors]]:
+        for exponent in (0.0, *EXPONENTS) if scale else (0.0,):
+            s = size.pow(exponent / 2)
+            # Of equal balance the factors 1 / s that are at least 1: 1 + scale stays far from cancelling.
+            s = s / s.amax()
+            yield Balance(s, m, plain.held), errors(s, m)
+
+    return least(plain, candidates())
 
 
 def _floored(magnitude: Tensor) -> Tensor:

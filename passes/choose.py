@@ -34,7 +34,7 @@ from pq_fx.passes.choice import (
     Settings,
     settings_of,
 )
-from pq_fx.passes.evaluate import GLOBAL_SCALE_ROOM, PointErrors, halves, second_moments
+from pq_fx.passes.evaluate import GLOBAL_SCALE_ROOM, PointErrors, halves, measured, second_moments
 from pq_fx.passes.observe import Moments
 from pq_fx.passes.refine import homes, refine
 from pq_fx.passes.regions import Point, Region
@@ -91,10 +91,8 @@ def choose(
         enough = enough and len(fit) > 0 and len(held) > 0
         seconds[point.name] = second_moments(point, fit, weights)
         fitting[point.name] = fit
-        fit, held = fit[: first.fit_rows], held[: first.held_rows]
         errors[point.name] = PointErrors(
-            torch.cat([fit, held]),
-            len(fit),
+            *measured(fit, held, first),
             {name: weights[name] for name in point.linears},
             every,
             one_row=point.one_row,

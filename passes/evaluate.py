@@ -8,9 +8,9 @@ part, what is reported and accepted on the second. One quantization of the weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.reference import fake_quantize, nvfp4_global_scale, permute_rotate
-from pq_fx.passes.choice import OwnSettings, settings_of
+from pq_fx.passes.choice import OwnSettings, Settings, settings_of
 from pq_fx.passes.observe import Moments
 from pq_fx.passes.regions import Point
 
@@ -28,6 +28,9 @@ GLOBAL_SCALE_ROOM = 2.0
 # Elements of a weight that are quantized at once: a CPU's cache, or enough to fill a GPU.
 _CPU_ELEMENTS = 1 << 18
 _CUDA_ELEMENTS = 1 << 25
+
+
+_Found = TypeVar("_Found")
 
 
 class Errors(NamedTuple):
@@ -154,6 +157,22 @@ def halves(
     # Keys are random, so that every other row in their order is a random half.
     rows = moments[point.name].sample().to(weights[point.linears[0]].device, torch.float32)
     return rows[0::2], rows[1::2]
+
+
+def measured(fit: Tensor, held: Tensor, settings: Settings) -> tuple[Tensor, int]:
+    """The rows of `halves` that errors are measured on, [n, K], and how many of them are for fitting."""
+    fit, held = fit[: settings.fit_rows], held[: settings.held_rows]
+    return torch.cat([fit, held]), len(fit)
+
+
+def least(plain: Errors, candidates: Iterable[tuple[_Found, Errors]]) -> _Found | None:
+    """The candidate with the least error on the rows for fitting, the first of equals; None where that is not less
+    than `plain`'s, or its error on the other rows is not."""
+    best, lowest, held_out = None, sum(plain.fit.values()), 0.0
+    for found, errors in candidates:
+        if sum(errors.fit.values()) < lowest:
+            best, lowest, held_out = found, sum(errors.fit.values()), sum(errors.held.values())
+    return best if best is not None and held_out < sum(plain.held.values()) else None
 
 
 def second_moments(

@@ -10,7 +10,7 @@ produces the tensor where that commutes (passes/scales.py), else it is a multipl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pq_fx.passes.choice import OwnSettings, settings_of
-from pq_fx.passes.evaluate import Errors, PointErrors, halves
+from pq_fx.passes.evaluate import Errors, PointErrors, halves, least, measured
 from pq_fx.passes.observe import Moments
 from pq_fx.passes.regions import Point
 
@@ -53,8 +53,7 @@ def smooth_scale(
     fit, held = halves(point, moments, weights)
     if len(fit) == 0 or len(held) == 0:
         return None
-    rows = torch.cat([fit[: first.fit_rows], held[: first.held_rows]])
-    fitted = min(len(fit), first.fit_rows)
+    rows, fitted = measured(fit, held, first)
     plainly = {  # what a rounding with compensation will do to smoothed weights is not known here
         name: replace(settings_of(settings, name), weight_search=(), weight_part=1.0)
         for name in point.linears
@@ -68,15 +67,14 @@ def smooth_scale(
         return PointErrors(rows / s, fitted, scaled, plainly)(None, 0)
 
     plain = errors(torch.ones_like(x))
-    best, least, held_out = None, sum(plain.fit.values()), 0.0
-    for alpha in alphas:
-        s = _power(x, alpha) / _power(w, 1.0 - alpha)
-        s = s / s.log().mean().exp()
-        found = errors(s)
-        if sum(found.fit.values()) < least:
-            least, held_out = sum(found.fit.values()), sum(found.held.values())
-            best = Smoothing(s, alpha, plain.held)
-    return best if best is not None and held_out < sum(plain.held.values()) else None
+
+    def candidates() -> Iterator[tuple[Smoothing, Errors]]:
+        for alpha in alphas:
+            s = _power(x, alpha) / _power(w, 1.0 - alpha)
+            s = s / s.log().mean().exp()
+            yield Smoothing(s, alpha, plain.held), errors(s)
+
+    return least(plain, candidates())
 
 
 def _power(magnitude: Tensor, exponent: float) -> Tensor:
