@@ -6,7 +6,6 @@ in pq_fx may import from `torch._dynamo`, `torch._inductor`, `torch._guards` or 
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +47,7 @@ __all__ = [
     "dynamo_root",
     "dynamo_scope",
     "dynamo_value",
+    "dynamo_wrapped",
     "every_graph",
     "get_data",
     "hint",
@@ -164,15 +164,20 @@ def lacks_compiler(error: BaseException | None) -> bool:
     return error is not None
 
 
-def dynamo_scope() -> dict[str, Any]:
-    """The locals of the frame that Dynamo is compiling just now, as it was entered; empty outside Dynamo."""
+def _translator() -> Any:
+    """What Dynamo compiles a frame with just now, or None outside Dynamo."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        output = InstructionTranslator.current_tx().output
+        return InstructionTranslator.current_tx()
     except AttributeError:
-        return {}
-    return dict(output.local_scope)
+        return None
+
+
+def dynamo_scope() -> dict[str, Any]:
+    """The locals of the frame that Dynamo is compiling just now, as it was entered; empty outside Dynamo."""
+    translator = _translator()
+    return {} if translator is None else dict(translator.output.local_scope)
 
 
 def dynamo_root() -> torch.nn.Module | None:
@@ -183,25 +188,25 @@ def dynamo_root() -> torch.nn.Module | None:
 
 def dynamo_code() -> CodeType | None:
     """The code of the frame that Dynamo is compiling just now."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+    translator = _translator()
+    return None if translator is None else translator.f_code
 
-    try:
-        return InstructionTranslator.current_tx().f_code
-    except AttributeError:
-        return None
+
+def dynamo_wrapped() -> torch.nn.Module | None:
+    """The module around whose forward the function is that Dynamo is compiling just now, as hooks put one; or None.
+
+    Such a function is no method of a module and holds that one module (accelerate's and diffusers' `new_forward`).
+    """
+    modules = [v for v in dynamo_scope().values() if isinstance(v, torch.nn.Module)]
+    return modules[0] if len(modules) == 1 and dynamo_root() is None else None
 
 
 def dynamo_piece() -> tuple[bool, bool]:
     """Whether the graph that Dynamo hands over just now goes on after a graph break, and whether it ends at one."""
     from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
-    from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    try:
-        translator = InstructionTranslator.current_tx()
-    except AttributeError:
-        return False, False
-    if translator.f_code.co_filename.endswith(os.path.join("accelerate", "hooks.py")):
-        # accelerate wraps `forward`, and its hook breaks the graph before and after it: in between is the whole model.
+    translator = _translator()
+    if translator is None:
         return False, False
     resumes = translator.f_code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
     reason = translator.output.compile_subgraph_reason

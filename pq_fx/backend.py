@@ -54,6 +54,12 @@ def permuquant(
     running = _running(root)
     if running is not None:
         return running.compile(gm, example_inputs)
+    wrapped = _torch.dynamo_wrapped()
+    if STEPS in settings and wrapped is not None and wrapped not in _converted:
+        raise ConfigError(
+            f"a hook wraps the forward of {type(wrapped).__name__} (offloading, a device map), and first calls cannot "
+            "calibrate a model behind it: take the hooks off, or quantize it first (pq_fx.prepare, calibrate, convert)"
+        )
     if _torch.dynamo_piece()[0] or root in _converted or not _has_linears(gm):
         # A piece of a model whose quantized linears are in other pieces.
         return compile_quantized(gm, example_inputs, mode=mode, options=rest)
@@ -133,9 +139,8 @@ class _FirstCalls:
         self.observer = self.quantizer.observer()
         self.steps = steps
         self.leader: torch.Tensor | None = None
-        self.warm_up: bool | None = (
-            None  # whether this call is not counted; None until the first graph
-        )
+        # Whether this call is not counted; None until the first graph.
+        self.warm_up: bool | None = None
         self.started = False
         self.frame: CodeType | None = None  # of the first graph
         log.info("permuquant: calibrating %s in its first %d calls", type(model).__name__, steps)
@@ -212,9 +217,8 @@ class _FirstCalls:
 
 
 _calibrating: WeakIdKeyDictionary = WeakIdKeyDictionary()  # model -> _FirstCalls
-_converted: WeakIdKeyDictionary = (
-    WeakIdKeyDictionary()
-)  # modules of models that first calls converted
+# Modules of models that first calls converted.
+_converted: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _running(root: nn.Module | None) -> _FirstCalls | None:

@@ -57,7 +57,10 @@ class Observer:
         traced = retrace(gm)
         params = {n: t for n, t in parameter_inputs(traced).items() if id(t) in self.names}
         resumes, breaks = _torch.dynamo_piece()
-        whole = _torch.dynamo_scope().get("self") is self.model
+        whole = _torch.dynamo_root() is self.model
+        if _torch.dynamo_wrapped() is self.model:
+            # A hook breaks the graph before and after the forward that it wraps: in between is the whole model.
+            whole, resumes, breaks = True, False, False
         inner = resumes or (self.ran and not whole)
         inputs = {n.name: _torch.dynamo_value(n) for n in traced.graph.find_nodes(op="placeholder")}
         hidden = {

@@ -17,7 +17,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from pq_fx.errors import CheckpointError
+import pq_fx
+from pq_fx.errors import CheckpointError, ConfigError
 from pq_fx.modules import quantized_linears
 
 CPU = torch.device("cpu")
@@ -102,6 +103,57 @@ def test_a_map_by_parts_with_its_hooks(pipe: Any, want: np.ndarray) -> None:
     accelerate.dispatch_model(pipe.transformer, parts, main_device="cpu", force_hooks=True)
     assert all(hasattr(part, "_hf_hook") for part in pipe.transformer.children())
     assert np.array_equal(pipelines.draw(pipe), want)
+
+
+def hooked(model: nn.Module, kind: str) -> nn.Module:
+    """The model with a hook of accelerate around its forward, as offloading and device maps put one."""
+    if kind == "model offload":
+        accelerate.cpu_offload_with_hook(model, CPU)
+    else:
+        hook = accelerate.hooks.AlignDevicesHook(CPU, io_same_device=True)
+        accelerate.hooks.add_hook_to_module(model, hook)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["model offload", "device map"])
+def test_calibration_behind_a_hook_sees_the_whole_model(kind: str) -> None:
+    """Its graph begins and ends at a break, but embedders and the final projection are told apart all the same."""
+
+    def converted(model: nn.Module) -> dict[str, tuple[str | None, str | None]]:
+        torch.compiler.reset()
+        quantizer = pq_fx.prepare(model, pipelines.CONFIG)
+        with torch.no_grad(), quantizer.calibrate(progress=False):
+            model(**pipelines.flux_inputs())
+        return {row.fqn: (row.format, row.skip_reason) for row in quantizer.convert().layers}
+
+    plain = converted(pipelines.make("flux").transformer)
+    assert {name for name, (_, why) in plain.items() if why} >= {"x_embedder", "proj_out"}
+    assert converted(hooked(pipelines.make("flux").transformer, kind)) == plain
+
+
+@pytest.mark.parametrize("kind", ["model offload", "device map"])
+def test_first_calls_behind_a_hook_are_refused(kind: str) -> None:
+    model = hooked(pipelines.make("flux").transformer, kind)
+    options = {"format": "int4", "group_size": 16, "calibration_steps": 1}
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="permuquant", options=options)
+    with torch.no_grad(), pytest.raises(Exception, match="take the hooks off") as raised:
+        compiled(**pipelines.flux_inputs())
+    assert isinstance(getattr(raised.value, "inner_exception", raised.value), ConfigError)
+    assert not quantized_linears(model)
+
+
+def test_a_quantized_model_in_parts_compiles() -> None:
+    """Hooks on each part: graphs behind them hold linears that were left in 16 bits, and are no float models."""
+    model = pipelines.quantized("flux").transformer
+    with torch.no_grad():
+        want = model(**pipelines.flux_inputs())[0]
+        parts = {name: "cpu" for name, _ in model.named_children()}
+        parts |= {name: "cpu" for name in model._parameters}
+        accelerate.dispatch_model(model, parts, main_device="cpu", force_hooks=True)
+        torch.compiler.reset()
+        got = torch.compile(model, backend="permuquant")(**pipelines.flux_inputs())[0]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
 def test_a_map_that_ends_on_the_disk_is_refused(saved: Any, pipe: Any, tmp_path: Path) -> None:
