@@ -24,11 +24,12 @@ from pq_fx.kernels.reference import ROW_SCALE_FLOOR
 from pq_fx.kernels.reference_ops import check_weight
 from pq_fx.kernels.rounding import as_bytes, bits_of, e4m3_byte, float_of
 from pq_fx.kernels.rows import (
+    check_global_scale,
+    check_scale,
     native_fp8,
     on_device_of,
     padded_length,
     require,
-    scale_dtype,
     storage_bytes,
 )
 
@@ -161,20 +162,12 @@ def check_packed(
     """Raise KernelError or FormatError unless a packed weight and its scales fit together."""
     fmt.check_channels(channels)
     check_weight(weight, fmt, channels)
-    expected = (weight.shape[0], fmt.groups(channels))
-    require(
-        tuple(scale.shape) == expected and scale.dtype == scale_dtype(fmt),
-        f"weight_scale is {scale.dtype} {tuple(scale.shape)}; {fmt.key} with K={channels} wants "
-        f"{scale_dtype(fmt)} {expected}",
-    )
+    check_scale("weight_scale", scale, weight.shape[0], channels, fmt)
     require(
         scale.device == weight.device,
         f"weight_scale is on {scale.device}, weight on {weight.device}",
     )
-    require(
-        global_scale is None or (fmt.two_level and global_scale.numel() == 1),
-        f"a global scale is one number and only for nvfp4, not for {fmt.key}",
-    )
+    check_global_scale(global_scale, fmt)
     require(
         weight.stride(-1) == 1 and scale.stride(-1) == 1,
         "packed weights and their scales must have contiguous rows",

@@ -17,11 +17,11 @@ from pq_fx.kernels.carriers import int8_unit
 from pq_fx.kernels.codes import code_value, load_code, scale_value
 from pq_fx.kernels.decode import check_packed
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.gemm_output import check_scale, row_blocks, store_output
+from pq_fx.kernels.gemm_output import row_blocks, store_output
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.pack import channels_of
 from pq_fx.kernels.rounding import as_bytes
-from pq_fx.kernels.rows import INTERPRETED, on_device_of, require, storage_bytes
+from pq_fx.kernels.rows import INTERPRETED, check_scale, on_device_of, require, storage_bytes
 
 
 @triton.jit
@@ -152,7 +152,8 @@ def dequantizing_gemm(
     if a_format is not None:
         require(a_scale is not None, "code points came without their scales")
         assert a_scale is not None
-        a_scale = check_scale(a_scale, count, channels, a_format)
+        check_scale("scale", a_scale, count, channels, a_format)
+        a_scale = a_scale.contiguous()
     if out.numel() == 0:
         return out
     few = count <= 16

@@ -17,10 +17,10 @@ from torch import Tensor
 from pq_fx.kernels.codes import code_value, scale_value
 from pq_fx.kernels.decode import check_packed
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.gemm_output import check_scale, row_blocks, store_output
+from pq_fx.kernels.gemm_output import row_blocks, store_output
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.rounding import as_bytes
-from pq_fx.kernels.rows import INTERPRETED, on_device_of, storage_bytes
+from pq_fx.kernels.rows import INTERPRETED, check_scale, on_device_of, storage_bytes
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _CHIPS = ((10, 0), (12, 0))
@@ -135,7 +135,8 @@ def e2m1_gemm(
     """
     count, channels = a.shape[0], a.shape[1] * 2
     check_packed(weight, weight_scale, weight_global, fmt, channels)
-    a_scale = check_scale(a_scale, count, channels, fmt)
+    check_scale("scale", a_scale, count, channels, fmt)
+    a_scale = a_scale.contiguous()
     columns = weight.shape[0]
     out = torch.empty((count, columns), dtype=dtype, device=a.device)
     if out.numel() == 0:

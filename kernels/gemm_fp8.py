@@ -18,6 +18,7 @@ from torch import Tensor
 from pq_fx.errors import UnsupportedDeviceError
 from pq_fx.kernels.decode import Packed, decode_e4m3
 from pq_fx.kernels.formats import Format
+from pq_fx.kernels.gemm_output import store_output
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.rounding import e4m3_value
 from pq_fx.kernels.rows import (
@@ -75,12 +76,20 @@ def _fp8_gemm_kernel(
         b_tile += BLOCK_K
     accumulator *= tl.load(a_scale_ptr + rows, mask=row_mask, other=0.0)[:, None]
     accumulator *= tl.load(b_scale_ptr + columns, mask=column_mask, other=0.0)[None, :]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-        accumulator += bias[None, :]
-    out = out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(out, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
+    store_output(
+        accumulator,
+        rows,
+        columns,
+        M,
+        N,
+        bias_ptr,
+        bias_ptr,
+        bias_ptr,
+        out_ptr,
+        False,
+        False,
+        HAS_BIAS,
+    )
 
 
 def fp8_gemm(

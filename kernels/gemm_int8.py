@@ -16,9 +16,9 @@ from pq_fx.kernels.carriers import int8_unit
 from pq_fx.kernels.codes import code_lattice, load_code, scale_value
 from pq_fx.kernels.decode import check_packed
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.gemm_output import check_scale, row_blocks, store_output
+from pq_fx.kernels.gemm_output import row_blocks, store_output
 from pq_fx.kernels.launch import launch
-from pq_fx.kernels.rows import INTERPRETED, on_device_of, storage_bytes
+from pq_fx.kernels.rows import INTERPRETED, check_scale, on_device_of, storage_bytes
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -130,7 +130,8 @@ def int8_gemm(
     """
     count, channels = a.shape
     check_packed(weight, weight_scale, None, weight_format, channels)
-    a_scale = check_scale(a_scale, count, channels, a_format)
+    check_scale("scale", a_scale, count, channels, a_format)
+    a_scale = a_scale.contiguous()
     columns = weight.shape[0]
     out = torch.empty((count, columns), dtype=dtype, device=a.device)
     if out.numel() == 0:

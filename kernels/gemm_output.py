@@ -1,13 +1,11 @@
-"""What the dequantizing GEMMs share: the end of their kernels, and the check of activation scales."""
+"""What the GEMMs share: the end of their kernels, and blocks of rows."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from pq_fx.kernels.formats import Format
-from pq_fx.kernels.rows import MAX_BATCH, require, scale_dtype
+from pq_fx.kernels.rows import MAX_BATCH, require
 
 
 @triton.jit
@@ -45,14 +43,3 @@ def row_blocks(count: int, block: int) -> int:
         f"{count} rows; a launch takes {MAX_BATCH * block}: split the batch",
     )
     return triton.cdiv(count, block)
-
-
-def check_scale(scale: Tensor, count: int, channels: int, fmt: Format) -> Tensor:
-    """Stored scales [M, K / g] of activations, contiguous; raises KernelError when they do not fit."""
-    expected = (count, fmt.groups(channels))
-    require(
-        tuple(scale.shape) == expected and scale.dtype == scale_dtype(fmt),
-        f"scale is {scale.dtype} {tuple(scale.shape)}; {fmt.key} with K={channels} "
-        f"wants {scale_dtype(fmt)} {expected}",
-    )
-    return scale.contiguous()

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from pq_fx.kernels.carriers import data_dtype, data_width, int8_unit
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.rows import Tile, check_perm, check_rotation, require, scale_dtype, tile_of
+from pq_fx.kernels.rows import (
+    Tile,
+    check_global_scale,
+    check_perm,
+    check_rotation,
+    require,
+    tile_of,
+)
 
 
 def empty_outputs(x: Tensor, channels: int, fmt: Format, carrier: str) -> tuple[Tensor, Tensor]:
@@ -23,7 +30,7 @@ def empty_outputs(x: Tensor, channels: int, fmt: Format, carrier: str) -> tuple[
     if carrier == "e4m3":
         return data, torch.empty((*lead, 1), dtype=torch.float32, device=x.device)
     groups = (*lead, fmt.groups(channels))
-    return data, torch.empty(groups, dtype=scale_dtype(fmt), device=x.device)
+    return data, torch.empty(groups, dtype=fmt.scale_dtype, device=x.device)
 
 
 def as_carried(data: Tensor, carrier: str) -> Tensor:
@@ -81,12 +88,7 @@ def check_quantize(
         x.dtype in (torch.float16, torch.bfloat16, torch.float32),
         f"x must be float16, bfloat16 or float32, got {x.dtype}",
     )
-    if global_scale is not None:
-        require(
-            fmt.two_level and global_scale.numel() == 1,
-            f"a global scale is one number and only for nvfp4; got shape "
-            f"{tuple(global_scale.shape)} for {fmt.key}",
-        )
+    check_global_scale(global_scale, fmt)
     if clip is not None:
         require(
             clip.dtype == torch.float32 and clip.numel() == 1 and clip.device == x.device,

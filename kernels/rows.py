@@ -131,15 +131,24 @@ def tile_of(channels: int, unit: int, by_dot: bool, gathered: bool) -> Tile:
     return Tile(rows, head, tail, min(warps, 32))
 
 
-def scale_dtype(fmt: Format) -> torch.dtype:
-    """Storage dtype of a format's group scales."""
-    return {
-        "bf16": torch.bfloat16,
-        "pow2": torch.bfloat16,
-        "e4m3": torch.float8_e4m3fn,
-        "e8m0": torch.uint8,
-        "fp32": torch.float32,
-    }[fmt.scale]
+def check_scale(name: str, scale: Tensor, count: int, channels: int, fmt: Format) -> None:
+    """Raise KernelError unless `scale` is what a format stores for `count` rows of `channels`, [count, K / g]."""
+    expected = (count, fmt.groups(channels))
+    require(
+        tuple(scale.shape) == expected and scale.dtype == fmt.scale_dtype,
+        f"{name} is {scale.dtype} {tuple(scale.shape)}; {fmt.key} with K={channels} wants "
+        f"{fmt.scale_dtype} {expected}",
+    )
+
+
+def check_global_scale(global_scale: Tensor | None, fmt: Format) -> None:
+    """Raise KernelError unless it is None, or one number of a format that has one (nvfp4)."""
+    if global_scale is not None:
+        require(
+            fmt.two_level and global_scale.numel() == 1,
+            f"a global scale is one number and only for nvfp4; got shape "
+            f"{tuple(global_scale.shape)} for {fmt.key}",
+        )
 
 
 def check_perm(perm: Tensor | None, channels: int, device: torch.device) -> None:
