@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pq_fx import applied, integrations, seen
+from pq_fx import applied, integrations, seen, strict_json
 from pq_fx.checkpoint_config import (
     CHECKSUM,
     CONFIG_FILE,
@@ -112,8 +112,7 @@ def save(
         }
         config = model_config(model) | {"quantization_config": quantization}
         quantization[CHECKSUM] = checksum(config)
-        text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(strict_json.text(config), encoding="utf-8")
 
 
 def load(

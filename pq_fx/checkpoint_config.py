@@ -7,7 +7,6 @@ patch size) decide its numbers as much as ours do.
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,8 +103,7 @@ def ties(config: Mapping[str, Any]) -> dict[str, str]:
 def report_text(report: Report) -> str:
     """The report as it is saved: with a checksum of its own, since its seconds differ where models are equal."""
     plain = report.to_dict()
-    whole = plain | {CHECKSUM: strict_json.digest(plain)}
-    return json.dumps(whole, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    return strict_json.text(plain | {CHECKSUM: strict_json.digest(plain)})
 
 
 def read_report(folder: Path) -> Report | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pq_fx import strict_json
 from pq_fx.errors import PipelineError
 from pq_fx.picture_distance import psnr, structural_distance
 
@@ -79,7 +80,7 @@ class Comparison:
         """What `compare` wrote into a folder. Raises PipelineError where there is none, or another version."""
         file = Path(folder) / FILE
         try:
-            plain = json.loads(file.read_text(encoding="utf-8"))
+            plain = strict_json.read(file)
             if plain["comparison_version"] != VERSION:
                 raise PipelineError(
                     f"{file} has version {plain['comparison_version']!r}; this release reads {VERSION}"

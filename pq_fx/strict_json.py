@@ -1,4 +1,4 @@
-"""JSON from files that may be damaged or hostile: read strictly, and told apart by a checksum.
+"""JSON files that may be damaged or hostile: read strictly, told apart by a checksum, written one way.
 
 Python's `json` keeps the last of two equal keys, takes NaN, and leaves its own exceptions at deep nesting; here all of
 these are a ValueError, and a file that is no regular file (a FIFO would block for ever) or too large an OSError.
@@ -31,21 +31,26 @@ def read(file: Path) -> Any:
     return parse(file.read_text(encoding="utf-8"))
 
 
-def parse(text: str) -> Any:
+def parse(source: str) -> Any:
     """The content of a JSON text; raises ValueError as `read` does."""
     try:
         return json.loads(
-            text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite
+            source, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite
         )
     except RecursionError as error:
         raise ValueError("it nests too deeply") from error
 
 
+def text(plain: Any) -> str:
+    """JSON as it is saved: sorted keys, so that equal data gives equal bytes."""
+    return json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
 def digest(plain: Any) -> str:
     """sha256 of JSON data; key order, spaces and line ends do not count."""
     read_back = json.loads(json.dumps(plain))  # keys that are no strings become some, as in a file
-    text = json.dumps(read_back, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    short = json.dumps(read_back, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(short.encode()).hexdigest()
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

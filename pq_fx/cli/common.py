@@ -48,7 +48,10 @@ def positive(text: str) -> int:
 
 
 def add_sampling(group: argparse._ArgumentGroup) -> None:
-    """Arguments of `sampling_of`."""
+    """--num-prompts, and the arguments of `sampling_of`."""
+    group.add_argument(
+        "--num-prompts", type=positive, metavar="N", help="use the first N of the prompts"
+    )
     group.add_argument(
         "--steps", type=positive, metavar="N", help="a picture; default: the pipeline's"
     )

@@ -11,7 +11,6 @@ from pq_fx.cli.common import (
     add_sampling,
     add_where,
     dtype_of,
-    positive,
     sampling_of,
 )
 
@@ -40,9 +39,6 @@ def register(commands: argparse._SubParsersAction) -> None:
     drawn.add_argument("--prompts", metavar="FILE", help="a prompt a line, a picture each")
     drawn.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times"
-    )
-    drawn.add_argument(
-        "--num-prompts", type=positive, metavar="N", help="the first N of the prompts"
     )
     add_sampling(drawn)
     add_where(command)
@@ -89,18 +85,12 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
-    from pq_fx.errors import PipelineError
     from pq_fx.integrations import pipelines
 
     prompts = list(arguments.prompt)
     if arguments.prompts is not None:
         prompts += pipelines.read_prompts(arguments.prompts)
-    prompts = prompts or list(pipelines.PROMPTS)
-    if (arguments.num_prompts or 0) > len(prompts):
-        raise PipelineError(
-            f"--num-prompts {arguments.num_prompts}, but there are {len(prompts)} prompts"
-        )
-    return prompts[: arguments.num_prompts]
+    return pipelines.first_prompts(prompts or pipelines.PROMPTS, arguments.num_prompts)
 
 
 def _table(made: Comparison) -> Table:

@@ -12,7 +12,6 @@ from pq_fx.cli.common import (
     add_where,
     dtype_of,
     logged,
-    positive,
     sampling_of,
 )
 
@@ -60,9 +59,6 @@ def register(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="a prompt a line, a picture each. rtn and convrot fit nothing to data and take four of their own instead, "
         "to trace the model and to measure errors",
-    )
-    drawn.add_argument(
-        "--num-prompts", type=positive, metavar="N", help="use the first N of the prompts"
     )
     drawn.add_argument(
         "--statistics",
@@ -161,7 +157,4 @@ def _prompts(
         )
     else:
         prompts = list(pipelines.PROMPTS)
-    count = arguments.num_prompts or len(prompts)
-    if count > len(prompts):
-        raise PipelineError(f"--num-prompts {count}, but there are {len(prompts)} prompts")
-    return prompts[:count]
+    return pipelines.first_prompts(prompts, arguments.num_prompts)

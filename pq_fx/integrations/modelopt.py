@@ -12,7 +12,6 @@ folded permutations need none.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pq_fx import checkpoint, integrations
+from pq_fx import checkpoint, integrations, strict_json
 from pq_fx.checkpoint_files import (
     MAX_SHARD_SIZE,
     is_weights_name,
@@ -77,8 +76,7 @@ def export_modelopt(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         config["quantization_config"] = {"quant_method": "modelopt", **_groups(quantization)}
         whole = {"producer": {"name": "pq_fx"}, "quantization": quantization}
         for name, plain in (("config.json", config), (CONFIG_FILE, whole)):
-            text = json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n"
-            (fresh / name).write_text(text, encoding="utf-8")
+            (fresh / name).write_text(strict_json.text(plain), encoding="utf-8")
 
 
 def load_modelopt(
@@ -98,7 +96,7 @@ def load_modelopt(
     inner = getattr(model, "_orig_mod", model)
     path = Path(folder)
     try:
-        whole = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        whole = strict_json.read(path / CONFIG_FILE)
         algorithm = whole["quantization"]["quant_algo"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

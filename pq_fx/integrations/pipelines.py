@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pq_fx import strict_json
 from pq_fx.errors import ConfigError, PipelineError, PQError
 from pq_fx.storage import atomic_folder
 
@@ -42,6 +43,13 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     return prompts
 
 
+def first_prompts(prompts: Sequence[str], count: int | None) -> list[str]:
+    """The first `count` prompts (None: all). Raises PipelineError where there are fewer."""
+    if count is not None and count > len(prompts):
+        raise PipelineError(f"--num-prompts {count}, but there are {len(prompts)} prompts")
+    return list(prompts[:count])
+
+
 def check_folder(folder: str | os.PathLike[str], component: str | None = None) -> Path:
     """The folder of a saved pipeline, which has `component`. Raises PipelineError; nothing is loaded."""
     path = Path(folder)
@@ -51,7 +59,7 @@ def check_folder(folder: str | os.PathLike[str], component: str | None = None) -
             "`hf download REPO --local-dir DIR` fetches one"
         )
     try:
-        parts = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))
+        parts = strict_json.read(path / INDEX_FILE)
     except FileNotFoundError as error:
         hint = ""
         if (path / "config.json").is_file():
