@@ -76,8 +76,9 @@ class SeenInputs:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise UnseenError for an argument that calibration never saw."""
         if not torch.compiler.is_compiling():  # else the backend checks
-            torch.compiler.disable(self.check)(model, args, kwargs)
+            self.check(model, args, kwargs)
 
+    @torch.compiler.disable
     def check(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raise UnseenError for an argument that calibration never saw."""
         given = tensors_of(model, args, kwargs)
