@@ -28,7 +28,7 @@ from models import MODELS
 import pq_fx
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.reference import fake_quantize
-from pq_fx.pointwise import linearize
+from pq_fx.pointwise import linearize, linearized
 
 SETTINGS = {
     "format": "int4",
@@ -78,9 +78,11 @@ def check(name: str, compiled: bool = False) -> dict[str, Any]:
     with torch.no_grad():
         want = output(model(**inputs))
         before = copy.deepcopy(model)
+        with linearized(model):  # as calibration has it: a 1x1 convolution may sum in another order
+            plain = output(model(**inputs))
         quantizer = pq_fx.prepare(model, SETTINGS)
         with quantizer.calibrate():
-            assert torch.equal(output(model(**inputs)), want), "observing changed the result"
+            assert torch.equal(output(model(**inputs)), plain), "observing changed the result"
             model(**second)
         report = quantizer.convert()
         got = output(model(**inputs))

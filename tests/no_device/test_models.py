@@ -66,7 +66,7 @@ EXPECTED = {
     "flux2": (1, 16, 12, 28, 4, 7, 0),
     "chroma": (1, 11, 9, 25, 0, 4, 0),
     "hunyuan": (1, 20, 14, 23, 5, 12, 0),
-    # In pieces, and here none is told of the piece before it.
+    # The one that is left more is norm_out.linear_2: the final projection, whose output is cut and stacked.
     "lumina": (4, 25, 9, 28, 0, 9, 0),
     "hidream": (21, 28, 9, 34, 0, 6, 0),
 }
