@@ -19,7 +19,8 @@ import torch
 from pq_fx.kernels.formats import get_format
 from pq_fx.kernels.reference import WEIGHT_CLIP_RATIOS, fake_quantize, permute_rotate
 from pq_fx.passes.choose import Settings, choose
-from pq_fx.passes.observe import Moments
+from pq_fx.passes.moments import Moments
+from pq_fx.passes.observe import observe
 from pq_fx.passes.regions import Point, Region
 from pq_fx.passes.rounding import gptq, second_moment
 
@@ -67,8 +68,8 @@ def measure(k: int, ns: list[int], rows: int, fmt, device: torch.device) -> dict
         for i, n in enumerate(ns)
     }
     moments = Moments.create(k, rows, device, torch.bfloat16)
-    moments.update(x, 0)
-    row = {"observe_s": timed(lambda: moments.update(x, 0), device)}
+    observe(x, *moments.tensors(), 0)
+    row = {"observe_s": timed(lambda: observe(x, *moments.tensors(), 0), device)}
     point = Point("w0", tuple(weights), k, "norm", False)
     region = Region("w0", (point,), np.zeros(k, np.int64), {"w0": np.arange(k)})
     if device.type == "cuda":

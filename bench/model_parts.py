@@ -1,11 +1,34 @@
-"""A plain module, and stand-ins for what real classes compute on the host and the meta device cannot."""
+"""A plain module, arguments that models share, and stand-ins for what real classes compute on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+
+randn = torch.randn
+Inputs = dict[str, Any]
+
+
+def long(*values: int) -> torch.Tensor:
+    """An int64 tensor of these values."""
+    return torch.tensor(values)
+
+
+def real(*values: float) -> torch.Tensor:
+    """An fp32 tensor of these values."""
+    return torch.tensor(values)
+
+
+def image_text(channels: int, side: int, text: tuple[int, int], time: torch.Tensor) -> Inputs:
+    """The arguments that image models share: latents, text states and a time step each."""
+    return dict(
+        hidden_states=randn(2, channels, side, side),
+        encoder_hidden_states=randn(2, *text),
+        timestep=time,
+    )
 
 
 class MLP(nn.Module):

@@ -16,21 +16,19 @@ from typing import Any
 import diffusers as D
 import torch
 import transformers as T
-from model_parts import MLP, full_captions, static_hidream
+from model_parts import (
+    MLP,
+    Inputs,
+    full_captions,
+    image_text,
+    long,
+    randn,
+    real,
+    static_hidream,
+)
 from torch import nn
 
 from pq_fx.example_inputs import InputSizes, example_inputs
-
-randn = torch.randn
-Inputs = dict[str, Any]
-
-
-def long(*values: int) -> torch.Tensor:
-    return torch.tensor(values)
-
-
-def real(*values: float) -> torch.Tensor:
-    return torch.tensor(values)
 
 
 @dataclass(frozen=True)
@@ -74,15 +72,6 @@ class Model:
         if self.static is not None:
             self.static(model)
         return model, example_inputs(model, self.sizes)
-
-
-def image_text(channels: int, side: int, text: tuple[int, int], time: torch.Tensor) -> Inputs:
-    """The arguments that image models share: latents, text states and a time step each."""
-    return dict(
-        hidden_states=randn(2, channels, side, side),
-        encoder_hidden_states=randn(2, *text),
-        timestep=time,
-    )
 
 
 PATCH_CLASS = dict(

@@ -9,7 +9,8 @@ from pq_fx.passes.channels import propagate
 from pq_fx.passes.choose import Settings, choose
 from pq_fx.passes.fold import axis_index, fold_tensors
 from pq_fx.passes.lower import lower
-from pq_fx.passes.observe import Moments, insert_observers
+from pq_fx.passes.moments import Moments
+from pq_fx.passes.observe import insert_observers
 from pq_fx.passes.regions import Point, Region, RegionMap, find_regions
 from pq_fx.passes.retrace import parameter_inputs, retrace
 from pq_fx.passes.rounding import gptq, second_moment

@@ -24,7 +24,7 @@ from torch import Tensor
 from pq_fx.passes.candidates import rotation_size
 from pq_fx.passes.choice import OwnSettings, settings_of
 from pq_fx.passes.evaluate import Errors, PointErrors, halves, least, measured
-from pq_fx.passes.observe import Moments
+from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Point
 
 EXPONENTS = (0.5, 1.0)

@@ -10,7 +10,7 @@ a gather is not clearly better than what costs nothing, the latter is taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +21,8 @@ from pq_fx.passes.candidates import (
     after_fold,
     column_order,
     fold_order,
-    gather_order,
     joint_profile,
     regroups,
-    rotation_size,
 )
 from pq_fx.passes.choice import (
     LinearError,
@@ -35,28 +33,20 @@ from pq_fx.passes.choice import (
     settings_of,
 )
 from pq_fx.passes.evaluate import GLOBAL_SCALE_ROOM, PointErrors, halves, measured, second_moments
-from pq_fx.passes.observe import Moments
+from pq_fx.passes.moments import Moments
+from pq_fx.passes.options import (
+    KEEP,
+    Option,
+    best_gather,
+    cheapest,
+    cost,
+    group_sizes,
+    rotation_sizes,
+)
 from pq_fx.passes.refine import homes, refine
-from pq_fx.passes.regions import Point, Region
+from pq_fx.passes.regions import Region
 
 __all__ = ["LinearError", "PointChoice", "RegionChoice", "Settings", "choose"]
-
-
-class _Option(NamedTuple):
-    """One way to treat one point: `order` of the model's columns, and what brings it about."""
-
-    order: np.ndarray | None
-    rotation: int
-    gather: bool
-    alpha: float | None
-    clip: float = 1.0
-
-    def differs(self, kept: _Option) -> bool:
-        """Whether this is not the model's own order, unclipped, in the rotation that is settled."""
-        return self.order is not None or self.rotation != kept.rotation or self.clip != 1.0
-
-
-_KEEP = _Option(None, 0, False, None)
 
 
 class _Plan(NamedTuple):
@@ -64,7 +54,7 @@ class _Plan(NamedTuple):
 
     fold: np.ndarray | None
     alpha: float | None
-    options: dict[str, _Option]
+    options: dict[str, Option]
 
 
 def choose(
@@ -99,7 +89,7 @@ def choose(
             center=first.centers.get(point.name),
         )
     settled = first.rotations
-    kept = {p.name: _KEEP._replace(rotation=settled.get(p.name, 0)) for p in region.points}
+    kept = {p.name: KEEP._replace(rotation=settled.get(p.name, 0)) for p in region.points}
     keep = _Plan(None, None, kept)
     if not enough:
         return _result(region, errors, keep, keep, "kept: too few rows to fit and to accept on")
@@ -132,10 +122,10 @@ def _best(
     folds: list[tuple[np.ndarray | None, float | None]] = [(None, None)]
     if region.foldable:
         folds += [(fold_order(region, profile), alpha) for alpha, profile in profiles.items()]
-    groups = {name: _groups(measure) for name, measure in errors.items()}
-    gathers = {p.name: _gathers(p, errors, profiles) for p in region.points}
+    groups = {name: group_sizes(measure) for name, measure in errors.items()}
+    gathers = {p.name: best_gather(p, errors, profiles) for p in region.points}
     margin = settings.gather_margin
-    best, least = None, float("inf")
+    best, lowest = None, float("inf")
     for fold, alpha in folds:
         orders = {p.name: column_order(region, p.name, fold) for p in region.points}
         if fold is not None and not any(
@@ -145,38 +135,24 @@ def _best(
         options = {}
         for point in region.points:
             measure = errors[point.name]
-            options[point.name] = _least(
+            options[point.name] = cheapest(
                 measure,
-                [_Option(orders[point.name], r, False, alpha) for r in _rotations(point, measure)]
+                [
+                    Option(orders[point.name], r, False, alpha)
+                    for r in rotation_sizes(point, measure)
+                ]
                 + gathers[point.name],
                 margin,
             )
         # Gathers pay their margin here too, or one would beat a fold that gives the same order.
-        total = sum(_cost(errors[name], option, margin) for name, option in options.items())
-        if total < least:
-            best, least = _Plan(fold, alpha, options), total
+        total = sum(cost(errors[name], option, margin) for name, option in options.items())
+        if total < lowest:
+            best, lowest = _Plan(fold, alpha, options), total
     assert best is not None
     return best
 
 
-def _gathers(
-    point: Point,
-    errors: Mapping[str, PointErrors],
-    profiles: Mapping[float, Mapping[str, np.ndarray]],
-) -> list[_Option]:
-    """The best gather of a point's tensor; none for a tensor that no kernel quantizes."""
-    options: list[_Option] = []
-    measure = errors[point.name]
-    if measure.activation is None:
-        return options
-    for alpha, profile in profiles.items():
-        order = gather_order(profile[point.name])
-        if any(regroups(order, g) for g in _groups(measure)):
-            options += [_Option(order, r, True, alpha) for r in _rotations(point, measure)]
-    return [_least(measure, options)] if options else []
-
-
-def _clipped(region: Region, errors: Mapping[str, PointErrors], plan: _Plan) -> dict[str, _Option]:
+def _clipped(region: Region, errors: Mapping[str, PointErrors], plan: _Plan) -> dict[str, Option]:
     """The plan's options with each point's best clip ratio."""
     options = dict(plan.options)
     for point in region.points:
@@ -184,7 +160,7 @@ def _clipped(region: Region, errors: Mapping[str, PointErrors], plan: _Plan) -> 
         if measure.activation is not None:
             clips = measure.settings[point.linears[0]].clips
             tried = [options[point.name]._replace(clip=ratio) for ratio in (1.0, *clips)]
-            options[point.name] = _least(measure, tried)
+            options[point.name] = cheapest(measure, tried)
     return options
 
 
@@ -225,42 +201,13 @@ def _refined(
             )
             if not np.array_equal(order, start):
                 tried.append(own._replace(order=order, gather=free))
-        best = _least(errors[point.name], tried, settings.gather_margin)
+        best = cheapest(errors[point.name], tried, settings.gather_margin)
         options[point.name] = best
         if best is not own and not best.gather:
             assert best.order is not None
             fold = np.empty_like(columns)
             fold[columns] = columns[best.order]
     return _Plan(fold, plan.alpha, options)
-
-
-def _groups(measure: PointErrors) -> set[int]:
-    """Group sizes of a point's input and of its weights."""
-    formats = [own.weight for own in measure.settings.values()]
-    formats += [] if measure.activation is None else [measure.activation]
-    return {fmt.group_size for fmt in formats}
-
-
-def _rotations(point: Point, measure: PointErrors) -> tuple[int, ...]:
-    own = measure.settings[point.linears[0]]
-    if point.name in own.rotations:
-        return (own.rotations[point.name],)
-    if not own.rotate or measure.activation is None:
-        return (0,)
-    size = rotation_size(point.channels, tuple(sorted(_groups(measure))))
-    return (0, size, size // 2) if own.half_rotate and size > 2 else (0, size)
-
-
-def _least(measure: PointErrors, options: Sequence[_Option], margin: float = 0.0) -> _Option:
-    return min(options, key=lambda option: _cost(measure, option, margin))
-
-
-def _cost(measure: PointErrors, option: _Option, margin: float) -> float:
-    """Error on the rows for fitting; a gather's counts for more, so that it must win clearly."""
-    cost = sum(measure(option.order, option.rotation, option.clip).fit.values())
-    if not option.gather:
-        return cost
-    return cost / (1.0 - margin) if margin < 1.0 else float("inf")
 
 
 def _held(errors: Mapping[str, PointErrors], plan: _Plan) -> float:

@@ -20,7 +20,7 @@ from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.reference import fake_quantize, nvfp4_global_scale, permute_rotate
 from pq_fx.passes.choice import OwnSettings, Settings, settings_of
-from pq_fx.passes.observe import Moments
+from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Point
 
 # A later activation may be larger than any sampled one; nvfp4's tensor scale leaves this much room.

@@ -27,7 +27,8 @@ from pq_fx.passes.choose import PointChoice, Settings, choose
 from pq_fx.passes.evaluate import GLOBAL_SCALE_ROOM
 from pq_fx.passes.fold import axis_index, fold_tensors
 from pq_fx.passes.lower import REWRITES, Rewrite, lower
-from pq_fx.passes.observe import Moments
+from pq_fx.passes.moments import Moments
+from pq_fx.passes.observe import observe
 from pq_fx.passes.regions import Point, Region, RegionMap, find_regions
 from pq_fx.passes.verify import verify_folds, verify_graph
 
@@ -150,7 +151,7 @@ def _watch(
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             for name in watched.get(n, ()):
-                moments[name].update(value, seed)
+                observe(value, *moments[name].tensors(), seed)
             return value
 
     arguments: Sequence[Any] = ()

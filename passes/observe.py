@@ -1,12 +1,7 @@
-"""Calibration statistics of a point: running moments and a uniform sample of rows.
+"""Observing: `pq::observe` in a graph updates the statistics of a point during the user's own calls.
 
-`pq::observe` updates them in place during the user's own calls. Everything adds up: over calls,
-over a run that was cut off and goes on (a call that fails is undone, `journal`), and over processes
-(`Moments.merge`), because the sample is
-a bottom-k sketch: every row ever seen draws a uniform random key, and the rows with the R smallest
-keys stay. The union of two sketches is the sketch of the union (Cohen and Kaplan, "Summarizing data
-using bottom-k sketches", PODC 2007), so the sample is uniform over all rows of all calls, hence
-over all timesteps, however many there are.
+Each row draws a random key (passes/moments.py); of the old and the new rows together those with the smallest keys
+stay. A call that fails is undone by its `journal`.
 """
 
 from __future__ import annotations
@@ -14,158 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, fx
 
 from pq_fx.errors import CalibrationError, GraphError
+from pq_fx.passes.moments import FIELDS
 
 _MASK = (1 << 64) - 1
 # Rows handled at once on a CPU, so that the fp32 copy of a 16-bit activation stays in its cache.
 _CPU_ROWS = 256
-
-
-@dataclass
-class Moments:
-    """Statistics of one point with K channels, sample of R rows.
-
-    `count`, `calls` and `keys` stay on the CPU, whatever the device of the rest: keys are drawn
-    there, so an update of a CUDA tensor never waits for the device. An empty slot of the sample has
-    key +inf.
-    """
-
-    count: Tensor  # int64 [1], rows seen
-    calls: Tensor  # int64 [1], updates done; with the seed it determines the next keys
-    sum_squares: Tensor  # float64 [K]
-    amax: Tensor  # float32 [K], largest magnitude
-    keys: Tensor  # float64 [R]
-    rows: Tensor  # float32 (or the activation's dtype) [R, K]
-
-    @classmethod
-    def create(
-        cls,
-        channels: int,
-        rows: int = 1024,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> Moments:
-        """Empty statistics; `dtype` is how sampled rows are stored (the activation's own loses
-        nothing)."""
-        return cls(
-            count=torch.zeros(1, dtype=torch.int64),
-            calls=torch.zeros(1, dtype=torch.int64),
-            sum_squares=torch.zeros(channels, dtype=torch.float64, device=device),
-            amax=torch.zeros(channels, dtype=torch.float32, device=device),
-            keys=torch.full((rows,), torch.inf, dtype=torch.float64),
-            rows=torch.zeros(rows, channels, dtype=dtype, device=device),
-        )
-
-    def update(self, x: Tensor, seed: int) -> None:
-        """Add the rows of `x` [..., K]; processes that are merged later need different seeds."""
-        observe(x, *self.tensors(), seed)
-
-    def merge(self, other: Moments) -> Moments:
-        """The statistics of both, as new tensors on this one's device; associative.
-
-        Raises CalibrationError when the two do not have the same channels and sample size.
-        """
-        if self.rows.shape != other.rows.shape:
-            raise CalibrationError(
-                f"cannot merge statistics of shape {list(other.rows.shape)} into "
-                f"{list(self.rows.shape)} (rows kept, channels); they belong to "
-                "another point or another setting"
-            )
-        device = self.rows.device
-        keys, order = torch.cat([self.keys, other.keys]).sort(stable=True)
-        size = self.keys.numel()
-        rows = torch.cat([self.rows, other.rows.to(self.rows)])[order[:size].to(device)]
-        return Moments(
-            count=self.count + other.count,
-            calls=self.calls + other.calls,
-            sum_squares=self.sum_squares + other.sum_squares.to(device),
-            amax=torch.maximum(self.amax, other.amax.to(device)),
-            keys=keys[:size],
-            rows=rows,
-        )
-
-    @property
-    def mean_square(self) -> Tensor:
-        """E[x_i^2] over all rows seen, float64 [K]; zero when there were none."""
-        return self.sum_squares / self.count.clamp(min=1).to(self.sum_squares.device)
-
-    def sample(self) -> Tensor:
-        """The rows held [n <= R, K], in order of their keys: every prefix is a uniform sample
-        too."""
-        order = self.keys.argsort(stable=True)
-        held = int(torch.isfinite(self.keys).sum())
-        return self.rows[order[:held].to(self.rows.device)]
-
-    def check(self, name: str) -> None:
-        """Raise CalibrationError, naming the point, when no rows were seen or some were not
-        finite."""
-        if int(self.count) == 0:
-            raise CalibrationError(
-                f"{name}: no activation was seen; run the model inside calibrate(), "
-                "or skip this layer by a rule"
-            )
-        bad = int((~torch.isfinite(self.amax) | ~torch.isfinite(self.sum_squares)).sum())
-        if bad:
-            raise CalibrationError(
-                f"{name}: {bad} of {self.amax.numel()} channels held NaN or infinity during "
-                "calibration; find the input that causes it (fp16 overflow?), or skip this layer "
-                "by a rule"
-            )
-
-    def to(self, device: torch.device | str) -> Moments:
-        """The same statistics with what depends on K on `device`."""
-        sums, amax, rows = (t.to(device) for t in (self.sum_squares, self.amax, self.rows))
-        return Moments(self.count, self.calls, sums, amax, self.keys, rows)
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The six tensors in the order in which `pq::observe` and the observed graph take them."""
-        return self.count, self.calls, self.sum_squares, self.amax, self.keys, self.rows
-
-    def state(self) -> dict[str, Tensor]:
-        """Field name -> tensor (not copied), for saving."""
-        return dict(zip(FIELDS, self.tensors(), strict=True))
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Moments:
-        """Inverse of `state`. Raises CalibrationError when fields are missing or do not fit each
-        other."""
-        missing = [name for name in FIELDS if name not in state]
-        if missing:
-            raise CalibrationError(
-                f"saved statistics lack {', '.join(missing)}; they are damaged or older"
-            )
-        moments = cls(**{name: state[name] for name in FIELDS})
-        rows = moments.rows
-        if rows.dim() != 2 or not rows.is_floating_point():
-            raise CalibrationError(
-                f"saved rows are {rows.dtype} {list(rows.shape)}; calibrate again"
-            )
-        held, channels = rows.shape
-        expected = {
-            "count": (torch.int64, (1,)),
-            "calls": (torch.int64, (1,)),
-            "sum_squares": (torch.float64, (channels,)),
-            "amax": (torch.float32, (channels,)),
-            "keys": (torch.float64, (held,)),
-        }
-        for name, (dtype, shape) in expected.items():
-            value = state[name]
-            if value.dtype != dtype or tuple(value.shape) != shape:
-                raise CalibrationError(
-                    f"saved statistics do not fit each other: with rows {[held, channels]}, {name} is "
-                    f"{value.dtype} {list(value.shape)} and not {dtype} {list(shape)}; calibrate again"
-                )
-            if bool((value < 0).any()) or (name == "keys" and bool(value.isnan().any())):
-                raise CalibrationError(f"saved {name} holds what no call counts; calibrate again")
-        return moments
-
-
-FIELDS: tuple[str, ...] = tuple(f.name for f in fields(Moments))
 
 
 class Journal:
@@ -227,8 +80,9 @@ def observe(
     rows: Tensor,
     seed: int,
 ) -> None:
-    """Update statistics in place by the rows of `x` [..., K]; the implementation of `pq::observe`.
+    """Update statistics (`Moments.tensors`) in place by the rows of `x` [..., K]; implements `pq::observe`.
 
+    Processes whose statistics are merged later need different seeds.
     Raises CalibrationError when `x` does not have K channels.
     """
     channels = sum_squares.numel()

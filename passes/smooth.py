@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pq_fx.passes.choice import OwnSettings, settings_of
 from pq_fx.passes.evaluate import Errors, PointErrors, halves, least, measured
-from pq_fx.passes.observe import Moments
+from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Point
 
 ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)

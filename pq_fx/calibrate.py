@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pq_fx.errors import CalibrationError
 from pq_fx.passes import _torch, observe, verify
+from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import RegionMap, find_regions
 from pq_fx.passes.retrace import parameter_inputs, retrace, stored_tensors
 from pq_fx.passes.select import LINEAR, ancestry
@@ -162,9 +163,7 @@ class ObservedGraph:
             if name not in moments:
                 channels = self.found.linears[point].in_features
                 with torch.inference_mode(False):  # else no later call outside it could update them
-                    moments[name] = observe.Moments.create(
-                        channels, rows=observer.rows, device=device
-                    )
+                    moments[name] = Moments.create(channels, rows=observer.rows, device=device)
             elif moments[name].rows.device != device:  # read from a file, or the model has moved
                 moments[name] = moments[name].to(device)
             tensors += moments[name].tensors()

@@ -25,7 +25,7 @@ from pq_fx.errors import CalibrationError, DeviceMemoryError
 from pq_fx.packing import Draft, Sample, clips, pack_point, ratios
 from pq_fx.passes.choose import RegionChoice, Settings, choose
 from pq_fx.passes.fold import axis_index, fold_tensors
-from pq_fx.passes.observe import Moments
+from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Region
 from pq_fx.plan import Plan
 from pq_fx.report import Report

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pq_fx.errors import CalibrationError
-from pq_fx.passes.observe import Moments
+from pq_fx.passes.moments import Moments
 from pq_fx.statistics import Statistics, check_addable
 from pq_fx.statistics_file import describe, restore
 

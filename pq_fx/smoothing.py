@@ -13,7 +13,7 @@ from pq_fx.edits import Edits
 from pq_fx.methods import Method
 from pq_fx.passes.balance import balance
 from pq_fx.passes.choose import OwnSettings, RegionChoice
-from pq_fx.passes.observe import Moments
+from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Point, Region
 from pq_fx.passes.scales import Absorber
 from pq_fx.passes.smooth import smooth_scale

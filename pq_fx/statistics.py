@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from pq_fx.errors import CalibrationError
-from pq_fx.passes import observe
+from pq_fx.passes.moments import Moments
 from pq_fx.passes.verify import verify_folds
 from pq_fx.plan import Plan, rename_region
 from pq_fx.pointwise import PointwiseConv, linearized
@@ -86,7 +86,7 @@ class Statistics:
     """
 
     plan: Plan = field(default_factory=Plan)
-    moments: dict[str, observe.Moments] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
     calls: int = 0
     graphs: int = 0
     seeds: frozenset[int] = frozenset()

@@ -1,6 +1,6 @@
 """Statistics on disk: one safetensors file, its description as JSON in the header. Nothing in it is executed.
 
-    NAME/count, NAME/calls, NAME/sum_squares, NAME/amax, NAME/keys, NAME/rows     moments of point NAME (observe.py)
+    NAME/count, NAME/calls, NAME/sum_squares, NAME/amax, NAME/keys, NAME/rows     moments of point NAME (moments.py)
     @plan/0, @plan/1, ...                                                         integer arrays of the plan
     header: {"pq_fx_statistics": JSON with "version", "calls", "seeds", "model", "note", "plan", "sha256"}
 
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from pq_fx import strict_json
 from pq_fx.errors import CalibrationError
-from pq_fx.passes.observe import FIELDS, Moments
+from pq_fx.passes.moments import FIELDS, Moments
 from pq_fx.passes.regions import FoldAxis, Point, Region
 from pq_fx.passes.scales import Absorber
 from pq_fx.plan import GraphFacts, LinearFact, Plan

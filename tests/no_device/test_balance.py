@@ -14,7 +14,8 @@ from pq_fx import applied
 from pq_fx.kernels.formats import get_format
 from pq_fx.passes.balance import balance
 from pq_fx.passes.choice import Settings
-from pq_fx.passes.observe import Moments
+from pq_fx.passes.moments import Moments
+from pq_fx.passes.observe import observe
 from pq_fx.passes.regions import Point
 
 K, GROUP, ROWS = 64, 16, 512
@@ -141,7 +142,7 @@ def test_scale_and_center_against_numpy() -> None:
     x = torch.randn(ROWS, K, generator=g) * sizes + 2.0 * sizes
     w = torch.randn(24, K, generator=g)
     moments = Moments.create(K, rows=ROWS)
-    moments.update(x, seed=0)
+    observe(x, *moments.tensors(), 0)
     fmt = get_format("int4", GROUP, None)
     point = Point("w", ("w",), K, "norm", False)
     found = balance(point, {"w": moments}, {"w": w}, Settings(fmt, fmt), scale=True, center=True)

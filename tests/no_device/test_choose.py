@@ -11,7 +11,8 @@ from pq_fx.kernels.formats import Format, get_format
 from pq_fx.passes.candidates import regroups, rotation_size
 from pq_fx.passes.choose import RegionChoice, Settings, choose
 from pq_fx.passes.fold import axis_index, fold_tensors
-from pq_fx.passes.observe import Moments
+from pq_fx.passes.moments import Moments
+from pq_fx.passes.observe import observe
 from pq_fx.passes.regions import FoldAxis, Point, Region
 
 K = 192
@@ -32,7 +33,7 @@ def one_point(
 
 def moments_of(x: np.ndarray) -> Moments:
     moments = Moments.create(x.shape[1], 1024)
-    moments.update(torch.from_numpy(x).float(), 0)
+    observe(torch.from_numpy(x).float(), *moments.tensors(), 0)
     return moments
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from pq_fx.errors import CalibrationError, GraphError
-from pq_fx.passes.observe import FIELDS, Moments, insert_observers
+from pq_fx.passes.moments import FIELDS, Moments
+from pq_fx.passes.observe import insert_observers, observe
 
 SHAPES = [(3, 7, 37), (1, 37), (0, 37), (2, 300, 37), (41, 37)]
 
@@ -21,7 +22,7 @@ def batches(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]
 def collect(inputs: list[torch.Tensor], seed: int, rows: int = 16) -> Moments:
     moments = Moments.create(37, rows)
     for x in inputs:
-        moments.update(x, seed)
+        observe(x, *moments.tensors(), seed)
     return moments
 
 
@@ -50,7 +51,7 @@ def test_moments_equal_those_of_all_rows_at_once(dtype: torch.dtype) -> None:
 def test_strided_input_and_fewer_rows_than_slots() -> None:
     x = torch.randn(37, 5).T
     moments = Moments.create(37, 16)
-    moments.update(x, 0)
+    observe(x, *moments.tensors(), 0)
     sample = moments.sample()
     assert sample.shape == (5, 37)
     assert {tuple(r) for r in sample.tolist()} == {tuple(r) for r in x.tolist()}
@@ -64,7 +65,7 @@ def test_sample_is_uniform_over_calls_of_unlike_size() -> None:
     for seed in range(trials):
         moments = Moments.create(1, 64)
         for part in ids.split([1, 10, 389]):
-            moments.update(part, seed)
+            observe(part, *moments.tensors(), seed)
         held[moments.sample().squeeze(1).long().numpy()] += 1
     expected = trials * 64 / 400
     assert held.sum() == trials * 64
@@ -80,7 +81,7 @@ def test_interrupted_equals_uninterrupted_and_depends_on_the_seed() -> None:
     part = collect(inputs[:2], seed=5)
     resumed = Moments.from_state({k: v.clone() for k, v in part.state().items()})
     for x in inputs[2:]:
-        resumed.update(x, 5)
+        observe(x, *resumed.tensors(), 5)
     assert_equal(whole, resumed)
     assert not torch.equal(whole.sample(), collect(inputs, seed=6).sample())
 
@@ -105,15 +106,15 @@ def test_errors_name_the_point_and_the_cause() -> None:
     moments = Moments.create(37, 16)
     with pytest.raises(CalibrationError, match=r"blocks\.3.*no activation"):
         moments.check("blocks.3")
-    moments.update(torch.ones(2, 37), 0)
+    observe(torch.ones(2, 37), *moments.tensors(), 0)
     moments.check("blocks.3")
     x = torch.ones(2, 37)
     x[1, 4], x[0, 9] = torch.nan, torch.inf
-    moments.update(x, 0)
+    observe(x, *moments.tensors(), 0)
     with pytest.raises(CalibrationError, match=r"blocks\.3: 2 of 37 channels"):
         moments.check("blocks.3")
     with pytest.raises(CalibrationError, match="expected 37 channels"):
-        moments.update(torch.ones(2, 36), 0)
+        observe(torch.ones(2, 36), *moments.tensors(), 0)
     with pytest.raises(CalibrationError, match="lack keys"):
         Moments.from_state({k: v for k, v in moments.state().items() if k != "keys"})
     with pytest.raises(CalibrationError, match="do not fit"):
@@ -140,7 +141,7 @@ def test_insert_observers_adds_arguments_and_changes_no_result() -> None:
         got = gm(a * seed, w, v, *first.tensors(), *second.tensors())
         assert torch.equal(got, Twice()(a * seed, w, v))
         expected = Moments.create(37, 4)
-        expected.update(a * seed, 1)
+        observe(a * seed, *expected.tensors(), 1)
         assert_equal(first, expected)
         assert torch.equal(second.amax, torch.relu(a * seed @ w).amax(0))
     with pytest.raises(GraphError, match="no seed"):
@@ -158,5 +159,5 @@ def test_the_op_declares_its_mutations_and_compiles() -> None:
 
     compiled, expected = Moments.create(37, 4), Moments.create(37, 4)
     torch.compile(f, backend="aot_eager", fullgraph=True)(x, *compiled.tensors())
-    expected.update(x, 3)
+    observe(x, *expected.tensors(), 3)
     assert_equal(compiled, expected)
