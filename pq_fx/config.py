@@ -6,13 +6,14 @@ Names follow torchao where it has them (rules are its ``FqnToConfig``) and diffu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from pq_fx.config_values import (
     SKIP_LIST,
+    activation_format,
+    format_or_key,
     fractions,
     integer,
     listed,
@@ -20,17 +21,19 @@ from pq_fx.config_values import (
     named_format,
     number,
     parsed_format,
-    plain_copy,
-    rule_pairs,
 )
 from pq_fx.errors import ConfigError
 from pq_fx.kernels.formats import FORMAT_NAMES, Format
+from pq_fx.layer_rules import (
+    DEFAULT_RULE,
+    check_pattern,
+    deciding_rule,
+    plain_copy,
+    plain_rule,
+    rule_pairs,
+)
 from pq_fx.methods import METHODS, Method, with_parts
 from pq_fx.presets import PRESETS, SAME, changes_of_name
-
-DEFAULT_RULE = "_default"
-REGEX_PREFIX = "re:"
-
 
 # A new format makes the settings of the old one meaningless, so a rule that names a format
 # without them starts from that format's defaults.
@@ -157,36 +160,12 @@ class QuantConfig:
     @property
     def activation(self) -> Format | None:
         """Format of the activations, or None when they stay in 16 bits."""
-        name = self.activation_format
-        if name is None:
-            if self.activation_group_size is not None:
-                raise ConfigError(
-                    f"activation_group_size={self.activation_group_size!r} needs an "
-                    'activation_format; it is None (16-bit activations). Use "same" or a format.'
-                )
-            return None
-        group = self.activation_group_size
-        if name == SAME:
-            weight = self.weight
-            size = weight.group_size if group is None else group
-            return named_format("activation_format", weight.name, size, weight.scale)
-        if isinstance(name, str) and ":" in name:
-            whole = parsed_format("activation_format", name)
-            if group is not None and group != whole.group_size:
-                raise ConfigError(
-                    f"activation_format {name!r} contradicts activation_group_size={group!r}; "
-                    "give one of the two"
-                )
-            return whole
-        return named_format("activation_format", name, group, None)
+        return activation_format(self.activation_format, self.activation_group_size, self.weight)
 
     @property
     def weight_only(self) -> Format:
         """Weight format of linears that see one row a sample; their input stays in 16 bits."""
-        name = self.weight_only_format
-        if isinstance(name, str) and ":" in name:
-            return parsed_format("weight_only_format", name)
-        return named_format("weight_only_format", name, None, None)
+        return format_or_key("weight_only_format", self.weight_only_format, None)
 
     @property
     def recipe(self) -> Method:
@@ -210,13 +189,7 @@ class QuantConfig:
             rules = rule_pairs(rules)
         checked = {}
         for pattern, value in rules.items():
-            if not isinstance(pattern, str) or not pattern:
-                raise ConfigError(f"rules: {pattern!r} is not a layer name or 're:<regex>'")
-            if pattern.startswith(REGEX_PREFIX):
-                try:
-                    re.compile(pattern[len(REGEX_PREFIX) :])
-                except re.error as error:
-                    raise ConfigError(f"rules: {pattern!r} is not a regex: {error}") from error
+            check_pattern(pattern)
             checked[pattern] = _plain_rule(pattern, value)
             if value is not None:
                 try:
@@ -244,14 +217,7 @@ class QuantConfig:
 
     def rule_for(self, fqn: str) -> str | None:
         """The key of the rule that decides for this layer, or None when none does."""
-        if not self.rules:
-            return None
-        if fqn in self.rules:
-            return fqn
-        for pattern in self.rules:
-            if pattern.startswith(REGEX_PREFIX) and re.fullmatch(pattern[len(REGEX_PREFIX) :], fqn):
-                return pattern
-        return DEFAULT_RULE if DEFAULT_RULE in self.rules else None
+        return deciding_rule(self.rules or {}, fqn)
 
     def for_layer(self, fqn: str) -> QuantConfig | None:
         """Settings of the layer with this fully qualified name, or None to leave it alone."""
@@ -327,17 +293,6 @@ def _plain_rule(pattern: str, value: Any) -> Any:
         if value.rules or value.modules_to_not_convert:
             raise ConfigError(f"rules[{pattern!r}]: the config of a rule cannot have rules")
         value = {k: v for k, v in value.to_dict().items() if k not in _NOT_IN_RULES}
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, Mapping):
-        raise ConfigError(
-            f"rules[{pattern!r}] is {type(value).__name__}; expected None (leave the layer alone), "
-            "a preset or format name, or a dict of fields"
-        )
-    known = [f.name for f in fields(QuantConfig) if f.name not in _NOT_IN_RULES]
-    unknown = [key for key in value if key not in known]
-    if unknown:
-        raise ConfigError(
-            f"rules[{pattern!r}]: unknown settings {listed(unknown)}; known: {', '.join(known)}"
-        )
-    return plain_copy(value)
+    return plain_rule(
+        pattern, value, [f.name for f in fields(QuantConfig) if f.name not in _NOT_IN_RULES]
+    )

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from pq_fx.errors import ConfigError, FormatError
 from pq_fx.kernels.formats import FORMAT_NAMES, Format, get_format
+from pq_fx.presets import SAME
 
 SKIP_LIST = "modules_to_not_convert"
-
-
-def plain_copy(value: Any) -> Any:
-    """A deep copy of a rule's value as plain JSON."""
-    if isinstance(value, Mapping):
-        return {str(key): plain_copy(inner) for key, inner in value.items()}
-    return [plain_copy(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def rule_pairs(rules: Any) -> dict[str, Any]:
-    """Rules as `to_dict` writes them, ``[[pattern, value], ...]``, back into a dict."""
-    try:
-        pairs = [(pattern, value) for pattern, value in rules]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"rules are {type(rules).__name__}; expected a dict or a list of [pattern, value]"
-        ) from error
-    if len(dict(pairs)) != len(pairs):
-        raise ConfigError("rules name one pattern twice")
-    return dict(pairs)
 
 
 def named_format(what: str, name: Any, group_size: Any, scale: Any) -> Format:
@@ -50,6 +31,34 @@ def parsed_format(what: str, key: str) -> Format:
         return Format.parse(key)
     except FormatError as error:
         raise ConfigError(f"{what}: {error}") from error
+
+
+def format_or_key(what: str, name: Any, group_size: int | None) -> Format:
+    """The format of a name ("fp8") or of a whole key ("int4:128:pow2"), which has its own group size."""
+    if not isinstance(name, str) or ":" not in name:
+        return named_format(what, name, group_size, None)
+    whole = parsed_format(what, name)
+    if group_size is not None and group_size != whole.group_size:
+        raise ConfigError(
+            f"{what} {name!r} contradicts {what.replace('format', 'group_size')}={group_size!r}; "
+            "give one of the two"
+        )
+    return whole
+
+
+def activation_format(name: Any, group_size: int | None, weight: Format) -> Format | None:
+    """Format of activations beside weights of this format: "same", a name, a key, or None (16 bits)."""
+    if name is None:
+        if group_size is not None:
+            raise ConfigError(
+                f"activation_group_size={group_size!r} needs an "
+                'activation_format; it is None (16-bit activations). Use "same" or a format.'
+            )
+        return None
+    if name == SAME:
+        size = weight.group_size if group_size is None else group_size
+        return named_format("activation_format", weight.name, size, weight.scale)
+    return format_or_key("activation_format", name, group_size)
 
 
 def listed(names: Iterable[Any]) -> str:

@@ -12,15 +12,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import nn
 
 from pq_fx.config import QuantConfig
@@ -28,15 +26,13 @@ from pq_fx.demo.model import load_model, velocity
 from pq_fx.demo.plots import grid, layer_errors
 from pq_fx.demo.prompts import embed, load_prompts
 from pq_fx.demo.sampling import noise, sample
+from pq_fx.demo.table import FORMATS, GROUP_SIZE, METHODS, Run, explanation, table
 from pq_fx.errors import ConfigError
 from pq_fx.picture_distance import psnr
 from pq_fx.quantizer import prepare
 from pq_fx.report import Report
 from pq_fx.statistics import Statistics
 
-FORMATS = ("int4", "int3")
-GROUP_SIZE = 64
-METHODS = {"rtn": "RTN", "permuquant": "PermuQuant", "permuquant-h": "PermuQuant-H"}
 # Sized for 2 CPU cores and 6 minutes, most of which the quantized models' 6 x 12 steps take.
 STEPS = 12
 CALIBRATION_IMAGES = 16
@@ -46,33 +42,6 @@ CALIBRATION_ROWS = 1024
 VELOCITY_TIMES = (0.9, 0.6, 0.3, 0.05)
 # Noise of the velocity comparison and of calibration must not be what the pictures start from.
 _OTHER_NOISE = 7_919
-
-
-@dataclass(frozen=True)
-class Run:
-    """One row of the demo's table, and of `runs` in report.json.
-
-    Attributes:
-        format, group_size, method: how the model was quantized, weights and activations.
-        psnr_db: mean over the pictures of their PSNR against the float model's, from equal noise.
-        velocity_rel_mse: ``|v_q - v|^2 / |v|^2`` of single predictions at equal inputs.
-        mean_layer_error: mean over linears of the relative squared error of their outputs.
-        regions, accepted_regions: regions found, and those reordered or rotated.
-        weight_bytes, float_weight_bytes: size of the model's tensors, quantized and before.
-        seconds: choosing, packing and drawing, without calibration.
-    """
-
-    format: str
-    group_size: int
-    method: str
-    psnr_db: float
-    velocity_rel_mse: float
-    mean_layer_error: float
-    regions: int
-    accepted_regions: int
-    weight_bytes: int
-    float_weight_bytes: int
-    seconds: float
 
 
 def run_demo(
@@ -181,8 +150,8 @@ def run_demo(
     }
     text_report = json.dumps(result, indent=2, allow_nan=False) + "\n"
     (folder / "report.json").write_text(text_report, encoding="utf-8")
-    console.print(_table(runs, images))
-    console.print(_explanation(runs), highlight=False)
+    console.print(table(runs, images))
+    console.print(explanation(runs), highlight=False)
     for file, what in (
         ("grid.png", "the pictures"),
         ("layers.png", "each layer's error"),
@@ -250,51 +219,6 @@ def _plot(
         after_label=METHODS["permuquant-h"],
         title=f"{name} g{GROUP_SIZE}, weights and activations",
     )
-
-
-def _table(runs: Sequence[Run], images: int) -> Table:
-    size = f"{runs[0].float_weight_bytes / 1e6:.1f} MB"
-    table = Table(
-        title=f"Against the float model ({size}), {images} pictures from equal noise",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    table.add_column("format", no_wrap=True)
-    table.add_column("method", no_wrap=True)
-    for name in ("PSNR", "velocity", "layer error", "regions", "size", "sec."):
-        table.add_column(name, justify="right", no_wrap=True)
-    for run in runs:
-        base = next(r for r in runs if r.format == run.format)
-        change = run.mean_layer_error / base.mean_layer_error - 1 if base.mean_layer_error else 0.0
-        table.add_row(
-            f"{run.format} g{run.group_size}",
-            METHODS[run.method],
-            f"{run.psnr_db:.2f} dB",
-            f"{run.velocity_rel_mse:.4f}",
-            f"{run.mean_layer_error:.4f}" + (f" {100 * change:+.0f} %" if run != base else ""),
-            f"{run.accepted_regions}/{run.regions}",
-            f"{run.weight_bytes / 1e6:.1f} MB",
-            f"{run.seconds:.0f}",
-            end_section=run.method == list(METHODS)[-1],
-        )
-    return table
-
-
-def _explanation(runs: Sequence[Run]) -> str:
-    lines = ["PSNR against rounding to nearest (RTN):"]
-    for name in FORMATS:
-        rtn, *others = (run for run in runs if run.format == name)
-        gains = (f"{METHODS[r.method]} {r.psnr_db - rtn.psnr_db:+.2f} dB" for r in others)
-        lines.append(f"  {name} g{GROUP_SIZE}: {', '.join(gains)}")
-    lines += [
-        "The channels of a group share one scale, which the largest of them sets. Sorting puts "
-        "channels of like size into one group; a rotation inside the group then spreads what is "
-        "left. Neither changes what the model computes before rounding.",
-        "velocity: relative squared error of one prediction. layer error: mean over the linears.",
-    ]
-    return "\n".join(lines)
 
 
 def _progress(console: Console) -> Progress:
