@@ -1,9 +1,10 @@
 """One denoising step of a full diffusion transformer, side by side: 16 bits, torchao fp8, pq_fx.
 
     python bench/flux_step.py --out bench/results/flux_step_h100.json
+    python bench/flux_step.py --sizes 512 2048 1024x4 --variants eager bf16 w4a4-int4 --out sizes.json
 
 FLUX.1-dev by default (19 + 38 blocks, 11.9 B parameters, 1024 x 1024 pixels, 512 text tokens, batch 1); random weights
-with planted outlier channels. A variant is NAME[+whole][+graphs]:
+with planted outlier channels. A size is pixels[xBATCH]. A variant is NAME[+whole][+graphs]:
 
     eager            bf16 as it is                       bf16            compiled block by block
     torchao-fp8      dynamic activations, row scales     PRESET          pq_fx, e.g. w4a4-int4, w4a8-int4
@@ -44,7 +45,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.inputs = step_inputs(args.model, args.side, args.batch, args.device)
+        self.inputs: dict[str, Any] = {}
         self.model: nn.Module | None = None
         self.name = ""
         self.calibration: Any = None
@@ -97,10 +98,11 @@ class Bench:
         }
         print(report.summary, flush=True)
 
-    def run(self, variant: str) -> dict[str, Any]:
-        """One row of the table."""
+    def run(self, variant: str, size: tuple[int, int]) -> dict[str, Any]:
+        """One row of the table: a variant at (pixels, batch)."""
         name, *how = variant.split("+")
         model = self.get(name)
+        self.inputs = step_inputs(self.args.model, *size, self.args.device)
         self.reset()
         for module in model.modules():
             module._compiled_call_impl = None
@@ -185,7 +187,6 @@ def measure(
     warm = time.perf_counter() - start
     times = timed(step, args.steps, args.device)
     return {
-        "label": label,
         "ms": round(statistics.median(times), 2),
         "ms_min": round(min(times), 2),
         "first_call_s": round(first, 1),
@@ -227,6 +228,12 @@ def _stop(*_: Any) -> None:
     raise TooLong
 
 
+def size_of_step(text: str) -> tuple[int, int]:
+    """ "1024" or "1024x4" as (pixels of a side, batch)."""
+    side, _, batch = text.partition("x")
+    return int(side), int(batch or 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -235,8 +242,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=DEFAULT.split())
     parser.add_argument("--model", choices=list(MODELS), default="flux.1-dev")
     parser.add_argument("--layers", type=int, nargs="+", help="fewer blocks, for a trial")
-    parser.add_argument("--side", type=int, default=1024, help="pixels")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--sizes", nargs="+", type=size_of_step, default=[(1024, 1)])
+    parser.add_argument("--beside", default="nothing", help="what else the machine did, noted")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--method", default="permuquant-h")
     parser.add_argument("--limit", type=int, default=150, help="seconds a variant may take")
@@ -248,29 +255,40 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        **{k: getattr(args, k) for k in ("model", "layers", "side", "batch", "method")},
+        **{k: getattr(args, k) for k in ("model", "layers", "sizes", "method", "beside")},
         "rows": [],
         "notes": bench.notes,
     }
-    shapes = step_inputs(args.model, args.side, args.batch, "meta")
-    result["work"] = work(build(args.model, args.layers, args.tiny, "meta"), shapes)
-    result["floor_ms"] = floor_ms(result["work"])
-    print(json.dumps({"work": result["work"], "floor_ms": result["floor_ms"]}), flush=True)
+    meta = build(args.model, args.layers, args.tiny, "meta")
+    for side, batch in args.sizes:
+        done = work(meta, step_inputs(args.model, side, batch, "meta"))
+        result.setdefault("floor", []).append(
+            {"side": side, "batch": batch, "work": done, "ms": floor_ms(done)}
+        )
+    print(json.dumps(result["floor"]), flush=True)
     signal.signal(signal.SIGALRM, _stop)
     for variant in args.variants:
-        signal.alarm(args.limit)
-        try:
-            row = bench.run(variant)
-        except (RuntimeError, pq_fx.errors.PQError, TooLong) as error:
-            row = {"label": variant, "error": f"{type(error).__name__}: {error}"[:600]}
-            bench.model = None
+        for size in args.sizes:
+            result["rows"].append(row := guarded(bench, variant, size))
+            same = (r for r in result["rows"] if r["label"] == "bf16" and r["size"] == row["size"])
+            base = next((r.get("ms") for r in same), None)
+            if base and "ms" in row:
+                row["ratio_to_compiled_bf16"] = round(row["ms"] / base, 3)
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
+            print(json.dumps({k: v for k, v in row.items() if k != "kernels"}), flush=True)
+
+
+def guarded(bench: Bench, variant: str, size: tuple[int, int]) -> dict[str, Any]:
+    """The row, or what stopped it: an error of pq_fx or torch, or the time limit."""
+    place = {"label": variant, "size": "{}x{}".format(*size)}
+    signal.alarm(bench.args.limit)
+    try:
+        return place | bench.run(variant, size)
+    except (RuntimeError, pq_fx.errors.PQError, TooLong) as error:
+        bench.model = None
+        return place | {"error": f"{type(error).__name__}: {error}"[:600]}
+    finally:
         signal.alarm(0)
-        print(json.dumps({k: v for k, v in row.items() if k != "kernels"}), flush=True)
-        result["rows"].append(row)
-        base = next((r.get("ms") for r in result["rows"] if r["label"] == "bf16"), None)
-        if base and "ms" in row:
-            row["ratio_to_compiled_bf16"] = round(row["ms"] / base, 3)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
