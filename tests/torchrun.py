@@ -1,0 +1,31 @@
+"""Starts parallel_rank.py by torchrun, as a user starts a script."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).resolve().parent
+
+
+def start(folder: Path, how: str, device: str = "cpu") -> subprocess.CompletedProcess[str]:
+    """Two processes of `parallel_rank.py how folder device`."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *command, str(TESTS / "parallel_rank.py"), how, str(folder), device],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+
+
+def made(folder: Path, how: str, device: str = "cpu") -> torch.Tensor:
+    """What the first process wrote."""
+    done = start(folder, how, device)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(folder / f"{how}.safetensors")["made"]
