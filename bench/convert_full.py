@@ -4,7 +4,7 @@
 
 FLUX.1-dev (19 + 38 blocks, random weights with planted outlier channels, random inputs of `--side` pixels). The float
 forward is timed by itself, then calibration of `--calls` calls (its first traces the model), then the conversion by
-each method on a fresh model. Peaks are above the memory of the float model with its statistics.
+each method on a fresh model. Peaks are of allocated memory, above the float model's weights.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from step_models import build, step_inputs
+from torch import nn
 
 import pq_fx
 
@@ -27,6 +28,30 @@ GIB = 2**30
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def _weights(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters())
+
+
+class Peak:
+    """The device's peak of allocated memory while open, in GiB above `base` bytes; None on a CPU."""
+
+    def __init__(self, device: str, base: int) -> None:
+        self.cuda, self.base, self.above = device == "cuda", base, None
+
+    def __enter__(self) -> Peak:
+        if self.cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() - self.base
+            self.above: float | None = round(peak / GIB, 2)
 
 
 @torch.no_grad()
@@ -54,39 +79,54 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = build(args.model, args.layers, args.tiny, args.device)
     model(**inputs)
     _synchronize(args.device)
-    start = time.perf_counter()
-    for _ in range(args.calls):
-        model(**inputs)
-    _synchronize(args.device)
-    forward = time.perf_counter() - start
-    start = time.perf_counter()
-    quantizer = pq_fx.prepare(model, pq_fx.QuantConfig(args.format))
-    with quantizer.calibrate(progress=False):
+    with Peak(args.device, _weights(model)) as alone:
+        start = time.perf_counter()
         for _ in range(args.calls):
             model(**inputs)
-    _synchronize(args.device)
-    calibrate = time.perf_counter() - start
-    note(forward_s=round(forward, 2), calibrate_beyond_forward_s=round(calibrate - forward, 2))
+        _synchronize(args.device)
+        forward = time.perf_counter() - start
+    with Peak(args.device, _weights(model)) as calibrating:
+        start = time.perf_counter()
+        quantizer = pq_fx.prepare(model, pq_fx.QuantConfig(args.format))
+        with quantizer.calibrate(progress=False):
+            for _ in range(args.calls):
+                model(**inputs)
+        _synchronize(args.device)
+        calibrate = time.perf_counter() - start
+    note(
+        forward_s=round(forward, 2),
+        calibrate_beyond_forward_s=round(calibrate - forward, 2),
+        forward_peak_above_float_gib=alone.above,
+        calibrate_peak_above_float_gib=calibrating.above,
+    )
     statistics = quantizer.statistics()
     for method in args.methods:
         del model, quantizer
         torch.compiler.reset()
         gc.collect()
         model = build(args.model, args.layers, args.tiny, args.device)
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if cuda else 0
         config = pq_fx.QuantConfig(args.format, method=method)
         quantizer = pq_fx.prepare(model, config, statistics=statistics)
-        report = quantizer.convert()
-        _synchronize(args.device)
-        row = {"method": method, "convert_s": round(report.seconds, 1)}
-        if cuda:
-            row["peak_above_float_gib"] = round(
-                (torch.cuda.max_memory_allocated() - before) / GIB, 2
-            )
-        row["layer_error"] = round(report.mean_layer_error, 5)
+        stages: list[float] = []
+        start = time.perf_counter()
+
+        def progress(done: int, total: int, start: float = start, s: list[float] = stages) -> None:
+            _synchronize(args.device)
+            s.append(time.perf_counter() - start)
+            if done % 20 == 0 or done == total:
+                print(f"{done} of {total}: {s[-1]:.1f} s", flush=True)
+
+        with Peak(args.device, _weights(model)) as converting:
+            report = quantizer.convert(progress)
+        chosen = stages[len(stages) // 2 - 1]
+        row = {
+            "method": method,
+            "convert_s": round(report.seconds, 1),
+            "choose_s": round(chosen, 1),
+            "pack_s": round(stages[-1] - chosen, 1),
+            "peak_above_float_gib": converting.above,
+            "layer_error": round(report.mean_layer_error, 5),
+        }
         largest = max(r.in_features * r.out_features for r in report.quantized)
         row["largest_linear_gib"] = round(2 * largest / GIB, 3)
         note(convert=[*result["convert"], row])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pq_fx.passes.candidates import rotation_size
 from pq_fx.passes.choice import OwnSettings, settings_of
-from pq_fx.passes.evaluate import Errors, PointErrors, halves, least, measured
+from pq_fx.passes.evaluate import Errors, Measured, PointErrors, check, halves, least, measured
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Point
 
@@ -57,20 +57,27 @@ def balance(
     own = settings_of(settings, point.linears[0])
     if own.activation is None or point.one_row or not (scale or center):
         return None
-    fit, held = halves(point, moments, weights)
+    check(point, moments, weights)
+    fit, held = halves(point, moments, weights[point.linears[0]].device)
     if len(fit) == 0 or len(held) == 0:
         return None
     rows, fitted = measured(fit, held, own)
-    wide = {name: weights[name].float() for name in point.linears}
-    energy = torch.cat(list(wide.values())).square().mean(dim=0).sqrt()
+    squares = sum(
+        torch.linalg.vector_norm(weights[n], dim=0, dtype=torch.float32).square()
+        for n in point.linears
+    )
+    assert isinstance(squares, Tensor)
+    energy = (squares / sum(len(weights[n]) for n in point.linears)).sqrt()
     groups = (own.activation.group_size, own.weight.group_size)
     rotations = (0, rotation_size(point.channels, groups)) if own.rotate else (0,)
     zero = torch.zeros_like(energy)
 
     def errors(s: Tensor, m: Tensor) -> Errors:
         # Candidates of order and clip ratio come later: what is compared here is cheap.
-        scaled = {name: w * s for name, w in wide.items()}
-        measure = PointErrors((rows - m) / s, fitted, scaled, settings, center=m / s)
+        sample = Measured((rows - m) / s, fitted)
+        measure = PointErrors(
+            lambda: sample, point.linears, weights, settings, scale=s, center=m / s
+        )
         return min((measure(None, r) for r in rotations), key=lambda e: sum(e.fit.values()))
 
     plain = errors(torch.ones_like(energy), zero)

@@ -10,7 +10,8 @@ a gather is not clearly better than what costs nothing, the latter is taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,16 @@ from pq_fx.passes.choice import (
     Settings,
     settings_of,
 )
-from pq_fx.passes.evaluate import GLOBAL_SCALE_ROOM, PointErrors, halves, measured, second_moments
+from pq_fx.passes.evaluate import (
+    GLOBAL_SCALE_ROOM,
+    Measured,
+    PointErrors,
+    Slot,
+    check,
+    halves,
+    measured,
+    second_moments,
+)
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.options import (
     KEEP,
@@ -44,7 +54,7 @@ from pq_fx.passes.options import (
     rotation_sizes,
 )
 from pq_fx.passes.refine import homes, refine
-from pq_fx.passes.regions import Region
+from pq_fx.passes.regions import Point, Region
 
 __all__ = ["LinearError", "PointChoice", "RegionChoice", "Settings", "choose"]
 
@@ -74,19 +84,27 @@ def choose(
     first = every[region.points[0].linears[0]]
     errors: dict[str, PointErrors] = {}
     seconds: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    fitting: dict[str, Tensor] = {}
-    enough = True
+    enough, slot = True, Slot()
+
+    def parts(point: Point) -> tuple[Tensor, Tensor]:
+        return halves(point, moments, weights[point.linears[0]].device)
+
+    def load(point: Point) -> Measured:
+        return measured(*parts(point), first)
+
     for point in region.points:
-        fit, held = halves(point, moments, weights)
+        check(point, moments, weights)
+        fit, held = parts(point)
         enough = enough and len(fit) > 0 and len(held) > 0
         seconds[point.name] = second_moments(point, fit, weights)
-        fitting[point.name] = fit
         errors[point.name] = PointErrors(
-            *measured(fit, held, first),
-            {name: weights[name] for name in point.linears},
+            partial(load, point),
+            point.linears,
+            weights,
             every,
             one_row=point.one_row,
             center=first.centers.get(point.name),
+            slot=slot,
         )
     settled = first.rotations
     kept = {p.name: KEEP._replace(rotation=settled.get(p.name, 0)) for p in region.points}
@@ -96,7 +114,7 @@ def choose(
     best = _best(region, errors, seconds, first)
     best = best._replace(options=_clipped(region, errors, best))
     if first.refine:
-        best = _refined(region, errors, best, fitting, seconds, first)
+        best = _refined(region, errors, best, lambda p: parts(p)[0], seconds, first)
         best = best._replace(options=_clipped(region, errors, best))
     if not any(o.differs(kept[name]) for name, o in best.options.items()):
         return _result(region, errors, keep, keep, "kept: no candidate has less error")
@@ -120,36 +138,28 @@ def _best(
         for alpha in (settings.alphas if settings.sort else ())
     }
     folds: list[tuple[np.ndarray | None, float | None]] = [(None, None)]
-    if region.foldable:
-        folds += [(fold_order(region, profile), alpha) for alpha, profile in profiles.items()]
     groups = {name: group_sizes(measure) for name, measure in errors.items()}
-    gathers = {p.name: best_gather(p, errors, profiles) for p in region.points}
+    if region.foldable:
+        for alpha, profile in profiles.items():
+            fold = fold_order(region, profile)
+            orders = {p.name: column_order(region, p.name, fold) for p in region.points}
+            # Else the same channels share a scale as before.
+            if any(regroups(order, g) for name, order in orders.items() for g in groups[name]):
+                folds.append((fold, alpha))
     margin = settings.gather_margin
-    best, lowest = None, float("inf")
-    for fold, alpha in folds:
-        orders = {p.name: column_order(region, p.name, fold) for p in region.points}
-        if fold is not None and not any(
-            regroups(order, g) for name, order in orders.items() for g in groups[name]
-        ):
-            continue  # the same channels share a scale as before
-        options = {}
-        for point in region.points:
-            measure = errors[point.name]
-            options[point.name] = cheapest(
-                measure,
-                [
-                    Option(orders[point.name], r, False, alpha)
-                    for r in rotation_sizes(point, measure)
-                ]
-                + gathers[point.name],
-                margin,
-            )
-        # Gathers pay their margin here too, or one would beat a fold that gives the same order.
-        total = sum(cost(errors[name], option, margin) for name, option in options.items())
-        if total < lowest:
-            best, lowest = _Plan(fold, alpha, options), total
-    assert best is not None
-    return best
+    plans = [_Plan(fold, alpha, {}) for fold, alpha in folds]
+    totals = [0.0] * len(plans)
+    # Point by point, because a device holds the rows and weights of one.
+    for point in region.points:
+        measure = errors[point.name]
+        gathers = best_gather(point, errors, profiles)
+        for i, plan in enumerate(plans):
+            order = column_order(region, point.name, plan.fold)
+            free = [Option(order, r, False, plan.alpha) for r in rotation_sizes(point, measure)]
+            option = plan.options[point.name] = cheapest(measure, free + gathers, margin)
+            # Gathers pay their margin here too, or one would beat a fold that gives the same order.
+            totals[i] += cost(measure, option, margin)
+    return plans[totals.index(min(totals))]
 
 
 def _clipped(region: Region, errors: Mapping[str, PointErrors], plan: _Plan) -> dict[str, Option]:
@@ -168,7 +178,7 @@ def _refined(
     region: Region,
     errors: Mapping[str, PointErrors],
     plan: _Plan,
-    fitting: Mapping[str, Tensor],
+    fitting: Callable[[Point], Tensor],
     seconds: Mapping[str, tuple[np.ndarray, np.ndarray]],
     settings: Settings,
 ) -> _Plan:
@@ -187,9 +197,10 @@ def _refined(
         )
         tried = [own]
         for free in (False, True) if alone and region.foldable and not own.gather else (True,):
+            rows = fitting(point)[: settings.fit_rows]
             order = refine(
-                fitting[point.name][: settings.fit_rows],
-                torch.from_numpy(seconds[point.name][1]).to(fitting[point.name]),
+                rows,
+                torch.from_numpy(seconds[point.name][1]).to(rows),
                 start,
                 None if free else homes(region.blocks[columns]),
                 activation,

@@ -8,7 +8,7 @@ part, what is reported and accepted on the second. One quantization of the weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -27,7 +27,7 @@ from pq_fx.passes.regions import Point
 GLOBAL_SCALE_ROOM = 2.0
 # Elements of a weight that are quantized at once: a CPU's cache, or enough to fill a GPU.
 _CPU_ELEMENTS = 1 << 18
-_CUDA_ELEMENTS = 1 << 25
+_CUDA_ELEMENTS = 1 << 22
 
 
 _Found = TypeVar("_Found")
@@ -40,37 +40,68 @@ class Errors(NamedTuple):
     held: dict[str, float]
 
 
+class Measured(NamedTuple):
+    """Sampled rows of a point, fp32 [n, K], the first `fitted` of which are for fitting."""
+
+    rows: Tensor
+    fitted: int
+
+
+class Slot:
+    """Keeps the rows and weights of the point that was measured last, and lets go of those before: a residual
+    stream's region has hundreds of points, which a device would have to hold beside the model."""
+
+    def __init__(self) -> None:
+        self._owner: PointErrors | None = None
+        self._held: tuple[Measured, dict[str, Tensor]] | None = None
+
+    def of(self, owner: PointErrors) -> tuple[Measured, dict[str, Tensor]]:
+        """The rows and weights of `owner`."""
+        if self._owner is not owner or self._held is None:
+            self._held = None
+            weights = {name: owner.weights[name] for name in owner.settings}
+            self._held, self._owner = (owner.load(), weights), owner
+        return self._held
+
+
 class PointErrors:
     """Measures one point; results are kept, so equal candidates cost nothing.
 
     Args:
-        rows: fp32 [n, K], the first `fitted` of which are for fitting.
+        load: gives the rows to measure on.
+        names: of the linears' weights.
         weights: name -> float [N, K], as they stand in the model; rows and weights on one device.
+            Asked for a weight when it is needed, so that a mapping may make it then.
         settings: formats and the search of the weights' scales; X is in the first linear's
             `activation` format.
         one_row: X stays as it is.
+        scale: fp32 [K] that multiplies the weights' columns.
         center: fp32 [K] that was taken off the rows (passes/balance.py): its share belongs to the
             outputs that errors are relative to.
+        slot: shared by the points of a region; None: rows and weights are kept while this is.
     """
 
     def __init__(
         self,
-        rows: Tensor,
-        fitted: int,
+        load: Callable[[], Measured],
+        names: Iterable[str],
         weights: Mapping[str, Tensor],
         settings: OwnSettings,
         *,
         one_row: bool = False,
+        scale: Tensor | None = None,
         center: Tensor | None = None,
+        slot: Slot | None = None,
     ) -> None:
-        self.rows = rows
-        self.fitted = fitted
+        self.load = load
         self.weights = weights
-        self.settings = {name: settings_of(settings, name) for name in weights}
-        first = self.settings[next(iter(weights))]
+        self.settings = {name: settings_of(settings, name) for name in names}
+        first = self.settings[next(iter(self.settings))]
         self.activation = None if one_row else first.activation
         self.weight_part = first.weight_part
+        self.scale = scale
         self.center = center
+        self._slot = Slot() if slot is None else slot
         self._known: dict[tuple[bytes, int, float], Errors] = {}
 
     def __call__(self, order: np.ndarray | None, rotation: int, clip: float = 1.0) -> Errors:
@@ -94,8 +125,9 @@ class PointErrors:
             self.weight_part = part
 
     def _measure(self, order: np.ndarray | None, rotation: int, clip: float) -> Errors:
-        perm = None if order is None else torch.from_numpy(order).to(self.rows.device)
-        x = permute_rotate(self.rows, perm, rotation)
+        sample, weights = self._slot.of(self)
+        perm = None if order is None else torch.from_numpy(order).to(sample.rows.device)
+        x = permute_rotate(sample.rows, perm, rotation)
         if self.activation is not None:
             room = x.abs().amax() * GLOBAL_SCALE_ROOM
             ratio = None if clip == 1.0 else torch.tensor(clip, device=x.device)
@@ -103,41 +135,49 @@ class PointErrors:
             x = fake_quantize(x, self.activation, global_scale=scale, clip=ratio)
         errors = Errors({}, {})
         with exact_matmul():
-            for name, weight in self.weights.items():
-                lost, whole = self._sums(name, weight, x, perm, rotation)
+            for name, weight in weights.items():
+                lost, whole = self._sums(name, weight, sample, x, perm, rotation)
                 parts = (lost / whole.where(whole > 0, torch.ones_like(whole))).tolist()
                 errors.fit[name], errors.held[name] = parts
         return errors
 
     def _sums(
-        self, name: str, weight: Tensor, x: Tensor, perm: Tensor | None, rotation: int
+        self,
+        name: str,
+        weight: Tensor,
+        sample: Measured,
+        x: Tensor,
+        perm: Tensor | None,
+        rotation: int,
     ) -> tuple[Tensor, Tensor]:
         """Squared norms of error and output, fp64 [2]: fitted rows, other rows."""
         fmt, search = self.settings[name].weight, self.settings[name].weight_search
         elements = _CPU_ELEMENTS if weight.device.type == "cpu" else _CUDA_ELEMENTS
         chunks = weight.split(max(1, elements // max(1, weight.shape[1])))
         scale = None
-        if fmt.two_level and rotation:
-            tops = [permute_rotate(w.float(), perm, rotation).abs().amax() for w in chunks]
-            scale = _scale(torch.stack(tops).amax(), fmt)
-        elif fmt.two_level:
-            scale = _scale(weight.abs().amax(), fmt)
+        if fmt.two_level:
+            turned = (permute_rotate(self._wide(w), perm, rotation) for w in chunks)
+            scale = _scale(torch.stack([w.abs().amax() for w in turned]).amax(), fmt)
         lost = torch.zeros(2, dtype=torch.float64, device=x.device)
         whole = torch.zeros_like(lost)
         for chunk in chunks:
-            w = chunk.float()
+            w = self._wide(chunk)
             exact = permute_rotate(w, perm, rotation)
             q = fake_quantize(exact, fmt, global_scale=scale, scale_search=search)
             if self.weight_part != 1.0:
                 q = torch.lerp(exact.to(q), q, self.weight_part)
-            y = self.rows @ w.T
+            y = sample.rows @ w.T
             error = torch.addmm(y, x, q.T, alpha=-1)
             if self.center is not None:
                 y = y + self.center @ w.T
             for sums, values in ((lost, error), (whole, y)):
                 rows = values.square().sum(dim=1).double()
-                sums += torch.stack([rows[: self.fitted].sum(), rows[self.fitted :].sum()])
+                sums += torch.stack([rows[: sample.fitted].sum(), rows[sample.fitted :].sum()])
         return lost, whole
+
+    def _wide(self, weight: Tensor) -> Tensor:
+        wide = weight.float()
+        return wide if self.scale is None else wide * self.scale
 
 
 def _scale(amax: Tensor, fmt: Format) -> Tensor | None:
@@ -145,24 +185,28 @@ def _scale(amax: Tensor, fmt: Format) -> Tensor | None:
 
 
 def halves(
-    point: Point, moments: Mapping[str, Moments], weights: Mapping[str, Tensor]
+    point: Point, moments: Mapping[str, Moments], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Sampled rows for fitting and for acceptance, fp32 on the weights' device, none in both."""
+    """Sampled rows for fitting and for acceptance, fp32 on `device`, none in both."""
+    # Keys are random, so that every other row in their order is a random half.
+    rows = moments[point.name].sample().to(device, torch.float32)
+    return rows[0::2], rows[1::2]
+
+
+def check(point: Point, moments: Mapping[str, Moments], weights: Mapping[str, Tensor]) -> None:
+    """Raise CalibrationError unless the point was seen, and rows and weights are finite."""
     if point.name not in moments:
         raise CalibrationError(f"{point.name}: no statistics; calibrate the model first")
     moments[point.name].check(point.name)
     for name in point.linears:
-        if not bool(torch.isfinite(weights[name]).all()):
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(weights[name]))).all()):
             raise CalibrationError(f"{name}: the weight holds NaN or infinity; skip it by a rule")
-    # Keys are random, so that every other row in their order is a random half.
-    rows = moments[point.name].sample().to(weights[point.linears[0]].device, torch.float32)
-    return rows[0::2], rows[1::2]
 
 
-def measured(fit: Tensor, held: Tensor, settings: Settings) -> tuple[Tensor, int]:
-    """The rows of `halves` that errors are measured on, [n, K], and how many of them are for fitting."""
+def measured(fit: Tensor, held: Tensor, settings: Settings) -> Measured:
+    """The rows of `halves` that errors are measured on."""
     fit, held = fit[: settings.fit_rows], held[: settings.held_rows]
-    return torch.cat([fit, held]), len(fit)
+    return Measured(torch.cat([fit, held]), len(fit))
 
 
 def least(plain: Errors, candidates: Iterable[tuple[_Found, Errors]]) -> _Found | None:

@@ -10,7 +10,7 @@ there are. `observe` (passes/observe.py) updates them in place.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ from pq_fx.errors import CalibrationError
 class Moments:
     """Statistics of one point with K channels, sample of R rows.
 
-    `count`, `calls` and `keys` stay on the CPU, whatever the device of the rest: keys are drawn
-    there, so an update of a CUDA tensor never waits for the device. An empty slot of the sample has
-    key +inf.
+    Only the sums are on the model's device. `count`, `calls` and `keys` stay on the CPU, where keys
+    are drawn, and so do `rows`, which for all points together are gigabytes (FLUX.1: 6). An empty
+    slot of the sample has key +inf.
     """
 
     count: Tensor  # int64 [1], rows seen
@@ -42,15 +42,15 @@ class Moments:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Moments:
-        """Empty statistics; `dtype` is how sampled rows are stored (the activation's own loses
-        nothing)."""
+        """Empty statistics, sums on `device`; `dtype` is how sampled rows are stored (the
+        activation's own loses nothing)."""
         return cls(
             count=torch.zeros(1, dtype=torch.int64),
             calls=torch.zeros(1, dtype=torch.int64),
             sum_squares=torch.zeros(channels, dtype=torch.float64, device=device),
             amax=torch.zeros(channels, dtype=torch.float32, device=device),
             keys=torch.full((rows,), torch.inf, dtype=torch.float64),
-            rows=torch.zeros(rows, channels, dtype=dtype, device=device),
+            rows=torch.zeros(rows, channels, dtype=dtype),
         )
 
     def merge(self, other: Moments) -> Moments:
@@ -64,10 +64,10 @@ class Moments:
                 f"{list(self.rows.shape)} (rows kept, channels); they belong to "
                 "another point or another setting"
             )
-        device = self.rows.device
+        device = self.device
         keys, order = torch.cat([self.keys, other.keys]).sort(stable=True)
         size = self.keys.numel()
-        rows = torch.cat([self.rows, other.rows.to(self.rows)])[order[:size].to(device)]
+        rows = torch.cat([self.rows, other.rows.to(self.rows)])[order[:size]]
         return Moments(
             count=self.count + other.count,
             calls=self.calls + other.calls,
@@ -76,6 +76,11 @@ class Moments:
             keys=keys[:size],
             rows=rows,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are."""
+        return self.sum_squares.device
 
     @property
     def mean_square(self) -> Tensor:
@@ -87,7 +92,7 @@ class Moments:
         too."""
         order = self.keys.argsort(stable=True)
         held = int(torch.isfinite(self.keys).sum())
-        return self.rows[order[:held].to(self.rows.device)]
+        return self.rows[order[:held]]
 
     def check(self, name: str) -> None:
         """Raise CalibrationError, naming the point, when no rows were seen or some were not
@@ -106,9 +111,8 @@ class Moments:
             )
 
     def to(self, device: torch.device | str) -> Moments:
-        """The same statistics with what depends on K on `device`."""
-        sums, amax, rows = (t.to(device) for t in (self.sum_squares, self.amax, self.rows))
-        return Moments(self.count, self.calls, sums, amax, self.keys, rows)
+        """The same statistics with the sums on `device`."""
+        return replace(self, sum_squares=self.sum_squares.to(device), amax=self.amax.to(device))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The six tensors in the order in which `pq::observe` and the observed graph take them."""

@@ -37,10 +37,9 @@ class Journal:
 
     def keep_slots(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
         """Note slots [s] of the sample before they change; rows of empty slots are zero."""
-        there = slots.to(rows.device)
         empty = bool(torch.isinf(keys[slots]).all())
         self._overwritten += [
-            (rows, there, 0.0 if empty else rows[there]),
+            (rows, slots, 0.0 if empty else rows[slots]),
             (keys, slots, keys[slots]),
         ]
 
@@ -118,7 +117,7 @@ def observe(
     if opened is not None:
         opened.keep_slots(keys, rows, slots)
     keys[slots] = fresh[new]
-    rows[slots.to(rows.device)] = flat[new.to(flat.device)].to(rows.dtype)
+    rows[slots] = flat[new.to(flat.device)].to("cpu", rows.dtype)
 
 
 def _generator(seed: int, call: int) -> torch.Generator:

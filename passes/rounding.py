@@ -1,13 +1,23 @@
 """Rounding weights so that later roundings make up for the errors of earlier ones (GPTQ).
 
 Round-to-nearest makes every weight as exact as it can be; what counts is the output. With the
-sampled rows X_q as the linear will see them (reordered, rotated, quantized) and H = X_q^T X_q, the
+sampled rows X as the linear will see them (reordered, rotated, quantized) and H = X^T X + ridge, the
 columns are rounded one after the other, and each one's error is spread over the columns that are
 still to come, weighted by the inverse of H (Frantar et al., "GPTQ", ICLR 2023, algorithm 1). It
 costs nothing at run time.
 
     moment = second_moment(x_quantized, group=64)   once for all linears of a point
     q = gptq(weight, moment, fmt)                   a `Quantized`, like that of `quantize`
+
+GPTQ needs U, the upper Cholesky factor of H^-1 [K, K]. A sample has fewer rows R than a wide linear
+has channels, so U is never made (at K = 15,360 it alone takes 0.9 GiB): for a block b of columns and
+the columns c that follow it, by Woodbury's identity,
+
+    M = (ridge + X_c X_c^T)^-1                      [R, R]
+    U_bb^T U_bb = (ridge (1 + X_b^T M X_b))^-1      [128, 128]
+    U_bc = -U_bb X_b^T M X_c                        = A_b X_c, with A_b [128, R]
+
+and what all earlier errors E add to a later block is (sum E_b A_b) X_c, a running sum [N, R].
 """
 
 from __future__ import annotations
@@ -26,9 +36,8 @@ from pq_fx.passes.evaluate import exact_matmul
 
 # Columns whose errors are collected before they are spread over the rest of the matrix.
 _BLOCK = 128
-# The ridge grows by this factor until the matrix can be inverted in fp32.
-_GROWTH = 10.0
-_TRIES = 6
+# Elements that are tried at once in a search of scales: enough for a GPU, 16 MiB in fp32.
+_SEARCHED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,18 @@ class SecondMoment:
 
     Attributes:
         order: int64 [K], the channels in the order of rounding: group by group, large ones first.
-        spread: fp32 [K, K], the upper Cholesky factor of the inverse of H + ridge, in that order.
+        rows: fp32 [r, K], r <= R: columns in that order, X^T X their second moment.
+        within: of each block of columns, fp32 [b, b]: U_bb, each row divided by its diagonal element.
+        beyond: of each block, fp32 [b, r]: A_b, likewise.
+        cost: fp32 [K], what a squared error of a channel costs: 1 / diag(U)^2.
         group: channels that share a scale (and stay together in `order`).
     """
 
     order: Tensor
-    spread: Tensor
+    rows: Tensor
+    within: list[Tensor]
+    beyond: list[Tensor]
+    cost: Tensor
     group: int
 
 
@@ -54,27 +69,63 @@ def second_moment(
     Args:
         quantized: [R, K] rows as the linear sees them (after order, rotation and quantization).
         group: group size of the weights' format, 0 = a row.
-        ridge: added to the diagonal of H, as a part of its mean. GPTQ's 0.01 is for more rows
-            than a reservoir holds: on prompts and timesteps that were not calibrated, 0.1 has
+        ridge: above 0, added to the diagonal of H, as a part of its mean. GPTQ's 0.01 is for more
+            rows than a reservoir holds: on prompts and timesteps that were not calibrated, 0.1 has
             less error, be it with 1,024 or 4,096 rows.
         by_size: round groups, and channels inside a group, from the largest second moment down.
 
     Raises:
-        CalibrationError: rows are missing or not finite, or H cannot be inverted.
+        CalibrationError: rows are missing or not finite.
     """
-    rows, channels = quantized.shape
+    count, channels = quantized.shape
     x = quantized.float()
-    if rows == 0 or not bool(torch.isfinite(x).all()):
-        raise CalibrationError(f"{rows} rows to round weights by, some not finite; calibrate again")
-    with exact_matmul():
-        h = x.T @ x / rows
-        mean = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        order = _order(h.diagonal(), group or channels, by_size)
-        h = h[order][:, order]
-        spread = torch.linalg.cholesky(
-            torch.cholesky_inverse(_cholesky(h, mean * ridge)), upper=True
+    if count == 0 or not bool(torch.isfinite(x).all()):
+        raise CalibrationError(
+            f"{count} rows to round weights by, some not finite; calibrate again"
         )
-    return SecondMoment(order, spread, group or channels)
+    size = x.square().sum(dim=0)
+    # Relative to the mean: the unit of H cancels.
+    x = x * size.mean().clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+    order = _order(size, group or channels, by_size)
+    x = x[:, order]
+    with exact_matmul():
+        if count > channels:
+            x = torch.linalg.qr(x.double(), mode="r").R.float()
+        # From the last block to the first: each needs the rows of what follows it.
+        rest = torch.eye(len(x), dtype=torch.float64, device=x.device) * ridge
+        within, beyond = [], []
+        for part in reversed(x.split(_columns(group or channels), dim=1)):
+            u, a = _factor(part.double(), rest, ridge)
+            within.append(u)
+            beyond.append(a)
+            rest.addmm_(part.double(), part.double().T)
+    diagonal = torch.cat([u.diagonal() for u in reversed(within)])
+    return SecondMoment(
+        order,
+        x.contiguous(),
+        [(u / u.diagonal()[:, None]).float() for u in reversed(within)],
+        [
+            (a / u.diagonal()[:, None]).float()
+            for u, a in zip(reversed(within), reversed(beyond), strict=True)
+        ],
+        diagonal.square().reciprocal().float(),
+        group or channels,
+    )
+
+
+def _columns(group: int) -> int:
+    """Columns of a block: whole groups, or a part of one that is larger."""
+    return _BLOCK // group * group if group <= _BLOCK else _BLOCK
+
+
+def _factor(x: Tensor, rest: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """U_bb and A_b of a block x fp64 [r, b], where `rest` fp64 [r, r] is ridge + X_c X_c^T of what follows."""
+    lower = torch.linalg.cholesky(rest)
+    y = torch.linalg.solve_triangular(lower, x, upper=False)
+    inner = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).addmm_(y.T, y) * ridge
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inner))
+    u = torch.linalg.cholesky(inverse, upper=True)
+    return u, -u @ torch.linalg.solve_triangular(lower.T, y, upper=True).T
 
 
 def _order(size: Tensor, group: int, by_size: bool) -> Tensor:
@@ -87,19 +138,6 @@ def _order(size: Tensor, group: int, by_size: bool) -> Tensor:
     return (inside + group * torch.arange(len(groups), device=size.device)[:, None])[
         first
     ].flatten()
-
-
-def _cholesky(h: Tensor, ridge: Tensor) -> Tensor:
-    """Lower Cholesky factor of h + ridge; the ridge grows where rounding made h indefinite."""
-    for _ in range(_TRIES):
-        factor, info = torch.linalg.cholesky_ex(h + torch.diag(ridge.expand(len(h))))
-        if int(info) == 0:
-            return factor
-        ridge = ridge * _GROWTH
-    raise CalibrationError(
-        f"the second moment of {len(h)} channels cannot be inverted; are the activations finite "
-        "and scaled sanely? Use rounding='nearest' for this layer"
-    )
 
 
 def gptq(
@@ -128,52 +166,55 @@ def gptq(
             f"expected rows of {channels} channels in groups of {group}, found "
             f"{moment.order.numel()} in groups of {moment.group}"
         )
-    w = weight.float()
     if fmt.two_level and global_scale is None:
-        global_scale = nvfp4_global_scale(w.abs().amax())
+        global_scale = nvfp4_global_scale(weight.abs().amax())
     with exact_matmul():
-        codes, scale = _round(w[:, moment.order], moment, fmt, group, global_scale, scale_search)
-    back = moment.order.argsort()
+        codes, scale = _round(weight, moment, fmt, global_scale, scale_search)
     groups = (moment.order[::group] // group).argsort()
-    return Quantized(codes[:, back], scale[:, groups], global_scale)
+    return Quantized(codes, scale[:, groups], global_scale)
 
 
 def _round(
-    w: Tensor,
+    weight: Tensor,
     moment: SecondMoment,
     fmt: Format,
-    group: int,
     global_scale: Tensor | None,
     ratios: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [N, K] and scales [N, K / group], columns in the order of rounding."""
-    spread, channels = moment.spread, w.shape[1]
-    values, bounds, points = _elements(fmt, w.device)
-    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    """Codes uint8 [N, K] and scales [N, K / group], the latter's groups in the order of rounding."""
+    values, bounds, points = _elements(fmt, weight.device)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     scales: list[Tensor] = []
-    factor = w.new_ones(len(w))
-    for start in range(0, channels, _BLOCK):
-        end = min(start + _BLOCK, channels)
-        block = w[:, start:end]
-        errors = torch.zeros_like(block)
-        for j in range(end - start):
-            column = start + j
-            if column % group == 0:
-                part = w[:, column : column + group]
-                cost = spread.diagonal()[column : column + group].square().reciprocal()
-                stored = _scale(part, cost, fmt, global_scale, ratios)
+    spread = torch.zeros(len(weight), len(moment.rows), device=weight.device)
+
+    def current(start: int, end: int) -> Tensor:
+        """Columns [end - start, N] as earlier errors leave them."""
+        columns = weight[:, moment.order[start:end]].float().T.contiguous()
+        return columns.addmm_(moment.rows[:, start:end].T, spread.T, alpha=-1)
+
+    start = 0
+    factor = divisor = spread.new_ones(len(weight))
+    for within, beyond in zip(moment.within, moment.beyond, strict=True):
+        end = start + len(within)
+        block = current(start, end)
+        errors = torch.empty_like(block)
+        index = torch.empty(block.shape, dtype=torch.int32, device=block.device)
+        for j, now in enumerate(block):
+            if (start + j) % moment.group == 0:
+                stop = start + j + moment.group
+                part = block[j : j + moment.group] if stop <= end else current(start, stop)
+                cost = moment.cost[start + j : stop]
+                stored = _scale(part.T, cost, fmt, global_scale, ratios)
                 scales.append(stored)
                 factor = scale_values(stored, fmt, global_scale).squeeze(1)
                 # A scale of zero (mxfp4's smallest, flushed) holds zeros only.
                 divisor = factor.where(factor > 0, torch.ones_like(factor))
-            now = block[:, j]
-            index = torch.bucketize(now / divisor, bounds)
-            codes[:, column] = points[index]
-            error = (now - values[index] * factor) / spread[column, column]
-            errors[:, j] = error
-            if j + 1 < end - start:
-                block[:, j + 1 :].addr_(error, spread[column, column + 1 : end], alpha=-1)
-        w[:, end:].addmm_(errors, spread[start:end, end:], alpha=-1)
+            torch.bucketize(now / divisor, bounds, out_int32=True, out=index[j])
+            torch.addcmul(now, values.index_select(0, index[j]), factor, value=-1, out=errors[j])
+            block[j + 1 :].addr_(within[j, j + 1 :], errors[j], alpha=-1)
+        codes[:, moment.order[start:end]] = points[index.long()].T
+        spread.addmm_(errors.T, beyond)
+        start = end
     return codes, torch.cat(scales, dim=1)
 
 
@@ -189,13 +230,16 @@ def _scale(
         return quantize(part, fmt, global_scale=global_scale, scale_search=ratios).scale
     # All ratios at once: a GPU is kept busy by one launch instead of sixteen.
     clip = torch.tensor(ratios, device=part.device).view(-1, 1, 1, 1)
-    many = part.expand(len(ratios), *part.shape)
-    q = quantize(many, fmt, global_scale=global_scale, clip=clip)
-    value = element_values(q.codes, fmt) * scale_values(q.scale, fmt, global_scale)
-    error = ((value - part).square() * cost).sum(dim=2)
-    best = error.min(dim=0).indices  # [N]; of equals any
-    rows = torch.arange(len(part), device=part.device)
-    return q.scale.view(q.scale.shape[:2])[best, rows].unsqueeze(1)
+    found = []
+    for some in part.split(max(1, _SEARCHED // (len(ratios) * part.shape[1]))):
+        many = some.expand(len(ratios), *some.shape)
+        q = quantize(many, fmt, global_scale=global_scale, clip=clip)
+        value = element_values(q.codes, fmt) * scale_values(q.scale, fmt, global_scale)
+        error = ((value - some).square() * cost).sum(dim=2)
+        best = error.min(dim=0).indices  # [n]; of equals any
+        rows = torch.arange(len(some), device=part.device)
+        found.append(q.scale.view(q.scale.shape[:2])[best, rows].unsqueeze(1))
+    return torch.cat(found)
 
 
 def _elements(fmt: Format, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

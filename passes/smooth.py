@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pq_fx.passes.choice import OwnSettings, settings_of
-from pq_fx.passes.evaluate import Errors, PointErrors, halves, least, measured
+from pq_fx.passes.evaluate import Errors, Measured, PointErrors, check, halves, least, measured
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Point
 
@@ -50,7 +50,8 @@ def smooth_scale(
     first = settings_of(settings, point.linears[0])
     if first.activation is None or point.one_row:
         return None
-    fit, held = halves(point, moments, weights)
+    check(point, moments, weights)
+    fit, held = halves(point, moments, weights[point.linears[0]].device)
     if len(fit) == 0 or len(held) == 0:
         return None
     rows, fitted = measured(fit, held, first)
@@ -58,13 +59,13 @@ def smooth_scale(
         name: replace(settings_of(settings, name), weight_search=(), weight_part=1.0)
         for name in point.linears
     }
-    own = {name: weights[name].float() for name in point.linears}
     x = moments[point.name].amax.to(rows)
-    w = torch.stack([v.abs().amax(dim=0) for v in own.values()]).amax(dim=0)
+    largest = [weights[name].abs().amax(dim=0).float() for name in point.linears]
+    w = torch.stack(largest).amax(dim=0)
 
     def errors(s: Tensor) -> Errors:
-        scaled = {name: v * s for name, v in own.items()}
-        return PointErrors(rows / s, fitted, scaled, plainly)(None, 0)
+        sample = Measured(rows / s, fitted)
+        return PointErrors(lambda: sample, point.linears, weights, plainly, scale=s)(None, 0)
 
     plain = errors(torch.ones_like(x))
 

@@ -164,7 +164,7 @@ class ObservedGraph:
                 channels = self.found.linears[point].in_features
                 with torch.inference_mode(False):  # else no later call outside it could update them
                     moments[name] = Moments.create(channels, rows=observer.rows, device=device)
-            elif moments[name].rows.device != device:  # read from a file, or the model has moved
+            elif moments[name].device != device:  # read from a file, or the model has moved
                 moments[name] = moments[name].to(device)
             tensors += moments[name].tensors()
         return tensors

@@ -1,9 +1,9 @@
 """Converting a calibrated model: choose, fold, pack; then swap, all at once.
 
-Everything is computed beside the float model first: folds as index tensors, packed linears at 4 bits (on a GPU model
-they wait in the CPU's memory), never a second copy of float tensors. Only when every layer is packed are modules
-replaced, one at a time, so an error on the way (memory, a bad statistic) leaves the model as it was, and memory grows
-by no more than one layer.
+Everything is computed beside the float model first: folds as index tensors, packed linears at 4 bits, never a second
+copy of float tensors. On a GPU model packed linears and sampled rows wait in the CPU's memory, and the device holds
+those of one linear at a time. Only when every layer is packed are modules replaced, one at a time, so an error on the
+way (memory, a bad statistic) leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from pq_fx import applied
 from pq_fx.alike import dissenting, fill_absent
 from pq_fx.budget import apply_budget
 from pq_fx.config import QuantConfig
-from pq_fx.edits import Edits
+from pq_fx.edits import Edits, Scaled
 from pq_fx.errors import CalibrationError, DeviceMemoryError
-from pq_fx.packing import Draft, Sample, clips, pack_point, ratios
+from pq_fx.packing import Draft, Sample, clips, pack_point
 from pq_fx.passes.choose import RegionChoice, Settings, choose
 from pq_fx.passes.fold import axis_index, fold_tensors
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Region
 from pq_fx.plan import Plan
 from pq_fx.report import Report
+from pq_fx.rounded import ratios
 from pq_fx.scope import Layer, layers_to_quantize, origin, restrict
 from pq_fx.smoothing import Smoothed, smooth_region, smoothed_moments, with_errors_before
 from pq_fx.statistics import Statistics
@@ -195,7 +196,7 @@ def _choose(
         moments |= {name: smoothed_moments(moments[name], s) for name, s in own.items()}
         centers = {name: s.center / s.scale for name, s in own.items()}
         settings = {n: replace(each, centers=centers) for n, each in settings.items()}
-    weights = {n: edits.scaled(n) for p in view.points for n in p.linears}
+    weights = Scaled(edits, [n for p in view.points for n in p.linears])
     return with_errors_before(choose(view, moments, weights, settings), own)
 
 

@@ -62,7 +62,7 @@ def all_reduce(statistics: Statistics, group: dist.ProcessGroup | None = None) -
     total._proven = len(total.bound)
     for name, (rows, channels) in sizes.items():
         own = statistics.moments.get(name)
-        home = torch.device("cpu") if own is None else own.rows.device
+        home = torch.device("cpu") if own is None else own.device
         total.moments[name] = _sum(own or Moments.create(channels, rows), group).to(home)
     return total
 
@@ -96,7 +96,7 @@ def _exchange_descriptions(
 
 
 def _all_gather(tensor: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """The tensor of each rank, on the CPU but for `rows` and the like, which stay where the backend works."""
+    """The tensor of each rank, each on its own device."""
     device = _device(group)
     own = tensor.to(device).contiguous()
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]

@@ -6,13 +6,15 @@ copied until a tensor is asked for, so a conversion holds one edited tensor at a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 Axis = tuple[str, int]
+# Elements that are edited at once: their fp32 copies are small beside a layer.
+_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class AxisEdit:
     order: Tensor | None
     offset: Tensor | None = None
     center: Tensor | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether any value changes or moves."""
+        return any(v is not None for v in (self.factor, self.order, self.offset))
 
     def apply(self, value: Tensor, axis: int) -> Tensor:
         """`value` of the float model as the converted one needs it, in its own dtype."""
@@ -55,6 +62,23 @@ class AxisEdit:
                 wide = wide / _along(self.factor, value, axis)
             value = wide.to(value.dtype)
         return value
+
+
+def _made_rows(tensor: Tensor, axes: list[AxisEdit], part: slice) -> Tensor:
+    """Rows `part` of the edited tensor."""
+    first, *others = axes
+    order = None if first.order is None else first.order[part].to(tensor.device)
+
+    def taken(value: Tensor | None) -> Tensor | None:
+        if value is None or order is None:
+            return None if value is None else value[part]
+        return value.to(tensor.device).index_select(0, order)
+
+    value = tensor[part] if order is None else tensor.index_select(0, order)
+    value = AxisEdit(taken(first.factor), None, taken(first.offset)).apply(value, 0)
+    for axis, edit in enumerate(others, 1):
+        value = edit.apply(value, axis)
+    return value
 
 
 def _along(factor: Tensor, value: Tensor, axis: int) -> Tensor:
@@ -90,7 +114,8 @@ class Edits:
         In units of the input before a scale of the weight's columns, which has to follow.
         """
         self._centers[weight, 1] = center
-        self.shift(bias, self.scaled(weight).float() @ center)
+        parts = self.scaled(weight).split(max(1, _ELEMENTS // center.numel()))
+        self.shift(bias, torch.cat([part.float() @ center for part in parts]))
 
     def reorder(self, name: str, axis: int, order: Tensor) -> None:
         """Read an axis in another order, int64 [size]; a second order is of the reordered axis."""
@@ -111,18 +136,30 @@ class Edits:
 
     def scaled(self, name: str) -> Tensor:
         """The tensor scaled and shifted, in the model's order; the tensor itself where it is not."""
-        tensor = self.tensors[name].detach()
-        for axis in range(tensor.dim()):
-            found = self._factors.get((name, axis)), None, self._offsets.get((name, axis))
-            tensor = AxisEdit(*found).apply(tensor, axis)
-        return tensor
+        return self._made(name, ordered=False)
 
     def edited(self, name: str) -> Tensor:
         """The tensor scaled, shifted and in its new orders; the tensor itself where nothing changes."""
-        tensor = self.scaled(name)
-        for axis in range(tensor.dim()):
-            tensor = AxisEdit(None, self._orders.get((name, axis))).apply(tensor, axis)
-        return tensor
+        return self._made(name, ordered=True)
+
+    def _made(self, name: str, *, ordered: bool) -> Tensor:
+        tensor = self.tensors[name].detach()
+        axes = [
+            AxisEdit(
+                self._factors.get((name, axis)),
+                self._orders.get((name, axis)) if ordered else None,
+                self._offsets.get((name, axis)),
+            )
+            for axis in range(tensor.dim())
+        ]
+        if not any(edit.changes for edit in axes):
+            return tensor
+        made = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        step = max(1, _ELEMENTS // max(1, tensor[:1].numel()))
+        for start in range(0, len(tensor), step):
+            part = slice(start, start + step)
+            made[part] = _made_rows(tensor, axes, part)
+        return made
 
     @torch.no_grad()
     def commit(self, model: nn.Module, keep: set[str]) -> None:
@@ -143,3 +180,21 @@ class Edits:
             for leaf, buffer in module._buffers.items():
                 if id(buffer) in new:
                     module._buffers[leaf] = new[id(buffer)]
+
+
+class Scaled(Mapping[str, Tensor]):
+    """The scaled tensors of `names`, each made when it is asked for and not kept."""
+
+    def __init__(self, edits: Edits, names: Iterable[str]) -> None:
+        self._edits, self._names = edits, tuple(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._edits.scaled(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pq_fx.edits import Edits
+from pq_fx.edits import Edits, Scaled
 from pq_fx.methods import Method
 from pq_fx.passes.balance import balance
 from pq_fx.passes.choose import OwnSettings, RegionChoice
@@ -44,7 +44,7 @@ def smooth_region(
     """Search each point's scale (and center) and enter it into `edits`; by point name, unsmoothed points left out."""
     done = {}
     for point in view.points:
-        weights = {name: edits.scaled(name) for name in point.linears}
+        weights = Scaled(edits, point.linears)
         fold = _Fold.of(view, point, plan, edits)
         if recipe.smooth:
             wanted = smooth_scale(point, moments, weights, settings)
@@ -148,9 +148,10 @@ def _bias(weight: str) -> str:
 def smoothed_moments(moments: Moments, smoothed: Smoothed) -> Moments:
     """Statistics of (x - m) / s; sums and largest magnitudes are those of the sampled rows."""
     scale, center = (v.to(moments.rows.device) for v in (smoothed.scale, smoothed.center))
-    rows = (moments.rows.float() - center) / scale
-    rows[torch.isinf(moments.keys).to(rows.device)] = 0.0  # empty slots of the sample
-    held = moments.sample().float().sub(center).div(scale)
+    rows = (moments.rows.float() - center).div_(scale)
+    empty = torch.isinf(moments.keys).to(rows.device)
+    rows[empty] = 0.0
+    held = rows[~empty]
     return replace(
         moments,
         sum_squares=held.square().mean(dim=0).double() * int(moments.count),

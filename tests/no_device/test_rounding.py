@@ -49,12 +49,14 @@ def brute_force(w: np.ndarray, h: np.ndarray, order: np.ndarray, group: int) -> 
     return out
 
 
+@pytest.mark.parametrize("channels, count", [(48, 70), (48, 11), (48, 1), (272, 40)])
 @pytest.mark.parametrize("by_size", [True, False])
-def test_equals_brute_force(by_size: bool) -> None:
-    channels, fmt = 48, get_format("int4", 16)
-    x, w = rows(1, 70, channels), weight(1, channels)
+def test_equals_brute_force(by_size: bool, channels: int, count: int) -> None:
+    """More rows than channels, fewer, one; and several blocks of columns, the last of which is short."""
+    fmt = get_format("int4", 16)
+    x, w = rows(1, count, channels), weight(1, channels)
     moment = second_moment(x, group=16, ridge=0.05, by_size=by_size)
-    h = (x.T.double() @ x.double() / 70).numpy()
+    h = (x.T.double() @ x.double() / count).numpy()
     size = np.diag(h)
     order = moment.order.numpy()
     assert sorted(order) == list(range(channels))

@@ -1,0 +1,193 @@
+"""Rounding a point's weights by its sampled rows, and what is lost by it.
+
+On a GPU a weight's fp32 copies exist for some of its rows at a time: rows are rounded independently of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pq_fx.kernels.formats import Format
+from pq_fx.kernels.reference import (
+    NVFP4_CLIP_RATIOS,
+    WEIGHT_CLIP_RATIOS,
+    Quantized,
+    dequantize,
+    fake_quantize,
+    nvfp4_global_scale,
+    permute_rotate,
+    quantize,
+)
+from pq_fx.modules import ActivationQuantizer
+from pq_fx.passes.choose import PointChoice
+from pq_fx.passes.evaluate import exact_matmul
+from pq_fx.passes.rounding import SecondMoment, gptq, second_moment
+from pq_fx.scope import Layer
+
+# Elements that are rounded at once, and that are turned or multiplied at once, in fp32.
+_ROUNDED = 1 << 25
+_TURNED = 1 << 22
+
+
+@dataclass
+class Packed:
+    """A rounded weight [N, K], and the 16-bit branch beside it: up [N, r], down [r, K], or None."""
+
+    q: Quantized
+    branch: tuple[Tensor, Tensor] | None
+
+
+class Rows:
+    """A point's sampled rows as its linears will see them: half to fit on, half to measure with.
+
+    `plain` fp32 [R, K] as the edited model computes them; `center` fp32 [K] was taken off; `own` and `quantizer` are
+    what was chosen for the point.
+    """
+
+    def __init__(
+        self,
+        plain: Tensor,
+        center: Tensor | None,
+        own: PointChoice,
+        quantizer: ActivationQuantizer | None,
+    ) -> None:
+        self.perm = None if own.perm is None else torch.from_numpy(own.perm).to(plain.device)
+        self.rotation = own.rotation
+        self.plain = plain
+        self.center = center
+        self.seen = permute_rotate(plain, self.perm, self.rotation)
+        if quantizer is not None:
+            fmt = Format.parse(quantizer.format)
+            self.seen = fake_quantize(
+                self.seen, fmt, global_scale=quantizer.global_scale, clip=quantizer.clip
+            )
+        self._moments: dict[int, SecondMoment] = {}
+
+    def turned(self, weight: Tensor) -> Tensor:
+        """The weight [N, K] in the order and rotation of the rows, fp32."""
+        made = torch.empty(weight.shape, device=weight.device)
+        for part, of in zip(_split(made, _TURNED), _split(weight, _TURNED), strict=True):
+            part.copy_(permute_rotate(of.float(), self.perm, self.rotation))
+        return made
+
+    def largest(self, weight: Tensor) -> Tensor:
+        """The largest magnitude of the turned weight, fp32 []."""
+        parts = _split(weight, _TURNED)
+        return torch.stack([self.turned(part).abs().amax() for part in parts]).amax()
+
+    def moment(self, group: int) -> SecondMoment:
+        """What rounding needs to know; made once for all linears of the point."""
+        if group not in self._moments:
+            self._moments[group] = second_moment(self.seen[0::2], group=group)
+        return self._moments[group]
+
+    def error(self, weight: Tensor, packed: Packed, fmt: Format) -> float:
+        """Relative squared output error on the half that nothing was fitted on."""
+        lost = whole = 0.0
+        for wanted, error, own in self._differences(weight, packed, fmt, slice(1, None, 2)):
+            if self.center is not None:
+                wanted = wanted + self.center @ own.T
+            whole += float(wanted.square().sum())
+            lost += float(error.square().sum())
+        return lost / whole if whole > 0 else 0.0
+
+    def mean_error(self, weight: Tensor, packed: Packed, fmt: Format) -> Tensor:
+        """What a bias must add to make the mean output right, fp32 [N], fitted on the first half."""
+        found = self._differences(weight, packed, fmt, slice(0, None, 2))
+        return -torch.cat([error.mean(dim=0) for _, error, _ in found])
+
+    def _differences(
+        self, weight: Tensor, packed: Packed, fmt: Format, part: slice
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Wanted outputs and their errors, fp32 [rows, n], and the weight fp32 [n, K], some n at a time."""
+        plain, seen = self.plain[part], self.seen[part]
+        step = max(1, _TURNED // weight.shape[1])
+        for start in range(0, len(weight), step):
+            some = slice(start, start + step)
+            own = weight[some].float()
+            q = packed.q._replace(codes=packed.q.codes[some], scale=packed.q.scale[some])
+            with exact_matmul():
+                wanted = plain @ own.T
+                got = seen @ dequantize(q, fmt).T
+                if packed.branch is not None:
+                    up, down = packed.branch
+                    got += (plain @ down.T) @ up[some].T
+            yield wanted, got - wanted, own
+
+
+def ratios(fmt: Format) -> tuple[float, ...]:
+    """Ratios of the largest magnitude that are worth trying for a weight's scales."""
+    if fmt.scale == "e8m0":
+        return (1.0, 2.0)  # powers of two only: the scale, or the next
+    return NVFP4_CLIP_RATIOS + WEIGHT_CLIP_RATIOS[1:] if fmt.two_level else WEIGHT_CLIP_RATIOS
+
+
+def together(layers: Sequence[Layer], names: Sequence[str]) -> list[list[str]]:
+    """The linears of a point in lists that are rounded as one matrix: a GPU waits for launches, not for rows.
+
+    Alone are those of another way of rounding, of formats that scale a whole tensor, with low-rank branches, and large
+    ones.
+    """
+    lists: list[list[str]] = []
+    before, size = None, 0
+    for layer, name in zip(layers, names, strict=True):
+        recipe, own = layer.config.recipe, layer.fact.in_features * layer.fact.out_features
+        way = (layer.weight_format.key, recipe)
+        joins = recipe.compensate and not recipe.low_rank and not layer.weight_format.two_level
+        if joins and way == before and size + own <= _ROUNDED:
+            lists[-1].append(name)
+            size += own
+        else:
+            lists.append([name])
+            size = own
+        before = way
+    return lists
+
+
+def rounded(layers: Sequence[Layer], weights: Sequence[Tensor], rows: Rows) -> list[Packed]:
+    """Round the weights [N, K] of one list of `together`."""
+    first = layers[0]
+    if len(layers) == 1:
+        return [_rounded(first, weights[0], rows)]
+    q = _rounded(first, torch.cat(list(weights)), rows).q
+    parts = [t.split([len(w) for w in weights]) for t in (q.codes, q.scale)]
+    return [
+        Packed(Quantized(codes, scale, None), None) for codes, scale in zip(*parts, strict=True)
+    ]
+
+
+def _rounded(layer: Layer, weight: Tensor, rows: Rows) -> Packed:
+    fmt, recipe = layer.weight_format, layer.config.recipe
+    branch = None
+    if recipe.low_rank and not layer.one_row:
+        branch = _low_rank(weight.float(), recipe.low_rank)
+        weight = weight.float() - branch[0] @ branch[1]
+    scale = nvfp4_global_scale(rows.largest(weight)) if fmt.two_level else None
+    tried = ratios(fmt) if recipe.search else ()
+    found = []
+    for part in _split(weight, _ROUNDED if recipe.compensate else _TURNED):
+        turned = rows.turned(part)
+        if recipe.compensate:
+            moment = rows.moment(fmt.group_size)
+            found.append(gptq(turned, moment, fmt, global_scale=scale, scale_search=tried))
+        else:
+            found.append(quantize(turned, fmt, global_scale=scale, scale_search=tried))
+    codes, scales = torch.cat([q.codes for q in found]), torch.cat([q.scale for q in found])
+    return Packed(Quantized(codes, scales, scale), branch)
+
+
+def _split(weight: Tensor, elements: int) -> Sequence[Tensor]:
+    return weight.split(max(1, elements // weight.shape[1]))
+
+
+def _low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of that rank as up [N, r] times down [r, K], each with half of the
+    singular values (SVDQuant, arXiv 2411.05007, section 4.2)."""
+    with exact_matmul():
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, v[:rank] * root[:, None]
