@@ -1,11 +1,11 @@
 """The CPU tests under other versions of torch, triton and diffusers; prints a table and saves it.
 
-    python bench/versions.py --out bench/results/versions.json            # the combinations below
-    python bench/versions.py --only diffusers=0.36.0 --whole              # one, with every CPU test
+    python bench/versions.py --out bench/results/versions.json       # all combinations below
+    python bench/versions.py --only torch=2.12.1 --whole -- -n auto  # one, every CPU test, arguments for pytest
 
-An environment is the running one with one package of another version before it on the path, installed without its
-dependencies (a torch wheel names several GB of CUDA libraries, which the CPU tests do not need; where its libraries
-must be found all the same, --libraries names a folder). By default the tests of what the package touches are run.
+Each combination gets a virtual environment of its own: the version asked for, with what it depends on, before the
+packages of the running environment (which needs `pip install -e '.[test]'`). By default those tests run that the
+package touches. PyPI's torch for Linux carries several GB of CUDA libraries; PIP_INDEX_URL can name another index.
 """
 
 from __future__ import annotations
@@ -16,85 +16,93 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+AS_INSTALLED = "as installed"
 COMBINATIONS = (
-    "", "torch=2.11.0", "torch=2.12.1", "triton=3.7.1", "triton=3.9.0", "diffusers=0.36.0", "diffusers=0.39.0",
-)  # fmt: skip
-TOUCHES = {
-    "torch": ("test_lower", "test_observe"),
-    "triton": ("test_triton_interpreter", "test_devices"),
-    "diffusers": ("test_diffusers",),
-}
-# Newer than what is supported: tried all the same, by a plugin that leaves the check of versions out.
-_UNCHECKED = (
-    "import sys, types; sys.modules['pq_fx.requirements'] = types.ModuleType('requirements')"
+    AS_INSTALLED,
+    "torch=2.11.0",
+    "torch=2.12.1",
+    "triton=3.7.1",
+    "triton=3.9.0",
+    "diffusers=0.36.0",
+    "diffusers=0.39.0",
+    "diffusers=0.41.0",
 )
+# Tests of what each package touches: our use of torch's insides, Triton's compiler and interpreter, diffusers' classes.
+TOUCHES = {
+    "torch": "lower observe quantizer exported silent_wrongness snapshots inductor first_calls seen graphs shapes "
+    "reuse ops offload diffusers models packaging",
+    "triton": "triton_interpreter devices inductor targets",
+    "diffusers": "diffusers models around offload fused_projections inspect cli_quantize parallel",
+}
+REPORTED = ("torch", "triton", "diffusers", "transformers", "pq_fx")
 
 
-def environment(combination: str, folder: Path, libraries: str | None) -> dict[str, str]:
-    """Install the package that differs into a folder of its own and put that first on the path."""
-    own = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONSAFEPATH": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    }
-    if not combination:
-        return own
-    overlay = folder / combination
-    if not overlay.exists():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            "--target",
-            str(overlay),
-        ]
-        subprocess.run([*command, combination.replace("=", "==")], check=True)
-    (overlay / "pq_fx_unchecked.py").write_text(_UNCHECKED + "\n")
-    own["PYTHONPATH"] = str(overlay)
-    if libraries and combination.startswith("torch"):
-        own["LD_LIBRARY_PATH"] = libraries.replace("*", combination)
-    return own
-
-
-def run(
-    combination: str, env: dict[str, str], whole: bool, unchecked: bool, extra: list[str]
-) -> dict[str, Any]:
-    """Versions found, tests passed and failed, and the names of those that failed."""
-    names = ("torch", "triton", "diffusers", "transformers")
-    script = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names}}}))"
-    found = json.loads(subprocess.check_output([sys.executable, "-c", script], env=env, text=True))
-    tests = TOUCHES[combination.split("=")[0]] if combination else sum(TOUCHES.values(), ())
-    paths = [] if whole else [f"tests/no_device/{name}.py" for name in tests]
-    command = [sys.executable, "-m", "pytest", "--show-capture=no", "-rf", *paths, *extra]
+def environment(combination: str, folder: Path, unchecked: bool) -> str:
+    """The Python of a virtual environment with this combination, made where it is missing."""
+    if combination == AS_INSTALLED:
+        return sys.executable
+    home = folder / combination
+    python = str(home / "bin" / "python")
+    if not (home / "ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
+        install = [python, "-m", "pip", "install", "-q", combination.replace("=", "==")]
+        without = [] if combination.startswith("torch=") else ["--no-deps"]
+        subprocess.run([*install, *without], check=True)
+        (home / "ready").touch()
+    site = subprocess.check_output(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    )
+    # Lines of a .pth file run when Python starts: here after the environment's own packages.
+    lines = [f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})"]
     if unchecked:
-        command += ["-p", "pq_fx_unchecked", "--deselect", "tests/no_device/test_requirements.py"]
+        lines.append("import sys, types; sys.modules['pq_fx.requirements'] = types.ModuleType('')")
+    (Path(site.strip()) / "zz_running_environment.pth").write_text("\n".join(lines) + "\n")
+    return python
+
+
+def tests_of(combination: str) -> list[str]:
+    """Paths of the test files that the combination's package touches."""
+    names = TOUCHES[combination.split("=")[0]].split()
+    return [
+        str(next((ROOT / "tests").glob(f"*/test_{name}.py")).relative_to(ROOT)) for name in names
+    ]
+
+
+def run(python: str, paths: list[str], extra: list[str], log: Path) -> dict[str, Any]:
+    """Versions found, tests passed, failed and skipped, and the names of those that failed."""
+    threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    env = os.environ | threads | {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+    script = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {REPORTED}}}))"
+    found = json.loads(subprocess.check_output([python, "-c", script], env=env, text=True))
+    command = [python, "-m", "pytest", "--tb=short", "--show-capture=no", "-rfE", *paths, *extra]
     start = time.monotonic()
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    with log.open("w") as file:
+        done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=file, check=False)
+    text = log.read_text(errors="replace")
     counts = {
-        word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)
+        w: int(n) for n, w in re.findall(r"(\d+) (passed|failed|skipped|error)", text[-4000:])
     }
-    if not counts:
-        print(done.stdout[-1500:], done.stderr[-1500:])
-    failed = re.findall(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
     return {
-        "versions": found, "passed": counts.get("passed", 0),
+        "versions": found | {"python": sys.version.split()[0]},
+        "tests": [Path(p).stem for p in paths] or "all",
+        "passed": counts.get("passed", 0),
         "failed": counts.get("failed", 0) + counts.get("error", 0),
-        "skipped": counts.get("skipped", 0), "names": failed, "pytest": extra,
-        "tests": "all" if whole else list(tests),
-        "exit": done.returncode, "seconds": round(time.monotonic() - start),
-    }  # fmt: skip
+        "skipped": counts.get("skipped", 0),
+        "names": re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE),
+        "pytest": extra,
+        "exit": done.returncode,
+        "seconds": round(time.monotonic() - start),
+    }
 
 
 def table(results: dict[str, Any]) -> str:
+    """The results in Markdown."""
     lines = [
         "| torch | triton | diffusers | tests | passed | failed |",
         "|---|---|---|---|---|---|",
@@ -102,9 +110,8 @@ def table(results: dict[str, Any]) -> str:
     for row in results.values():
         v, tests = row["versions"], row["tests"]
         what = tests if tests == "all" else ", ".join(t.removeprefix("test_") for t in tests)
-        lines.append(
-            f"| {v['torch']} | {v['triton']} | {v['diffusers']} | {what} | {row['passed']} | {row['failed']} |"
-        )
+        cells = v["torch"], v["triton"], v["diffusers"], what, row["passed"], row["failed"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -113,29 +120,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", help="combinations such as torch=2.12.1; default: all")
-    parser.add_argument(
-        "--whole", action="store_true", help="every CPU test, not those that the package touches"
-    )
+    parser.add_argument("--whole", action="store_true", help="every CPU test")
     parser.add_argument("--unchecked", action="store_true", help="try a version that pq_fx refuses")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "versions")
     parser.add_argument(
-        "--libraries", help="LD_LIBRARY_PATH for torch; * stands for the combination"
+        "--out", type=Path, help="JSON whose rows of these combinations are replaced"
     )
-    parser.add_argument("--out", type=Path)
     parser.add_argument("pytest", nargs="*", help="further arguments of pytest, after --")
     args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    for combination in COMBINATIONS if args.only is None else args.only:
-        env = environment(combination, args.folder, args.libraries)
-        row = run(combination, env, args.whole, args.unchecked, args.pytest)
-        results[combination or "as installed"] = row | {
-            "python": sys.version.split()[0],
-            "pq_fx": version("pq-fx"),
-        }
+    for combination in args.only or COMBINATIONS:
+        python = environment(combination, args.folder, args.unchecked)
+        paths = [] if args.whole or combination == AS_INSTALLED else tests_of(combination)
+        row = run(python, paths, args.pytest, args.folder / f"{combination}.log")
+        results[combination] = row
         print(
-            combination or "as installed",
-            {k: row[k] for k in ("passed", "failed", "names", "seconds")},
-            flush=True,
+            combination, {k: row[k] for k in ("passed", "failed", "names", "seconds")}, flush=True
         )
         if args.out:
             args.out.write_text(json.dumps(results, indent=1) + "\n")
