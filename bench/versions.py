@@ -35,8 +35,8 @@ COMBINATIONS = (
 )
 # Tests of what each package touches: our use of torch's insides, Triton's compiler and interpreter, diffusers' classes.
 TOUCHES = {
-    "torch": "lower observe quantizer exported silent_wrongness snapshots inductor first_calls seen graphs shapes "
-    "reuse ops offload diffusers models packaging",
+    "torch": "lower observe quantizer exported silent_wrongness many_graphs determinism snapshots inductor "
+    "first_calls seen graphs shapes reuse ops offload diffusers models packaging",
     "triton": "triton_interpreter devices inductor targets",
     "diffusers": "diffusers models around offload fused_projections inspect cli_quantize parallel",
 }
@@ -52,8 +52,7 @@ def environment(combination: str, folder: Path, unchecked: bool) -> str:
     if not (home / "ready").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
         install = [python, "-m", "pip", "install", "-q", combination.replace("=", "==")]
-        without = [] if combination.startswith("torch=") else ["--no-deps"]
-        subprocess.run([*install, *without], check=True)
+        subprocess.run(install, check=True)
         (home / "ready").touch()
     site = subprocess.check_output(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True

@@ -50,6 +50,8 @@ __all__ = [
     "dynamo_wrapped",
     "every_graph",
     "get_data",
+    "graph_breaks",
+    "graphs_left",
     "hint",
     "is_fake",
     "lacks_compiler",
@@ -219,20 +221,39 @@ def dynamo_value(node: fx.Node) -> Any:
     return None if grapharg is None else grapharg.example
 
 
-@contextmanager
-def every_graph() -> Iterator[dict[str, int]]:
-    """While open, Dynamo compiles each graph however many there are of one function; yields the reasons of its breaks.
+def every_graph() -> Any:
+    """A context in which this thread's Dynamo compiles each graph, however many there are of one function.
 
-    Beyond `recompile_limit` (8) graphs of one function Dynamo runs it eagerly and silently, which would hide linears.
+    Beyond `recompile_limit` (8) graphs Dynamo runs a function eagerly, which would hide its linears. Settings of Dynamo
+    are a thread's own.
     """
     from torch._dynamo import config
+
+    return config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
+
+
+@contextmanager
+def graph_breaks() -> Iterator[Counter[str]]:
+    """While open, the reasons of Dynamo's graph breaks are counted in what this yields."""
     from torch._dynamo.utils import counters
 
     whole = counters["graph_break"].copy()
     reasons: Counter[str] = Counter()
-    with config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
-        counters["graph_break"] = reasons
-        try:
-            yield reasons
-        finally:
-            counters["graph_break"] = whole + reasons
+    counters["graph_break"] = reasons
+    try:
+        yield reasons
+    finally:
+        counters["graph_break"] = whole + reasons
+
+
+def graphs_left() -> int | None:
+    """How many more graphs Dynamo will compile of the function that it compiles just now; None outside Dynamo."""
+    from torch._dynamo import config
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    code = dynamo_code()
+    return (
+        None
+        if code is None
+        else config.recompile_limit - len(_debug_get_cache_entry_list(code)) - 1
+    )

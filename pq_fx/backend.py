@@ -48,6 +48,7 @@ def permuquant(
     """
     settings, rest = _split(options or {})
     root = _torch.dynamo_root()
+    _warn_of_last_graph(root)
     check_compiled(root, _torch.dynamo_scope())
     if _is_quantized(gm, root):
         return compile_quantized(gm, example_inputs, mode=mode, options=rest)
@@ -105,6 +106,21 @@ def compile_quantized(
             "Inductor compiles for the CPU with a C++ compiler, and this machine has none: install g++ (or name one "
             "by CXX), or call the model without torch.compile, which gives the same numbers"
         ) from error
+
+
+def _warn_of_last_graph(root: nn.Module | None) -> None:
+    """Dynamo says when it gives a function up, not what this costs: a quantized model is slow without a compiler."""
+    if _torch.graphs_left() == 0:
+        code = _torch.dynamo_code()
+        assert code is not None
+        owner = "" if root is None else f"{type(root).__name__}."
+        log.warning(
+            "this is the last graph that Dynamo compiles of %s%s (its recompile_limit). Calls that "
+            "need another run eagerly: the same numbers, but slowly. Raise the limit, pass dynamic=True where shapes "
+            "vary, keep alike_blocks=True where blocks differ, or pass fullgraph=True to get an error instead",
+            owner,
+            code.co_name,
+        )
 
 
 def _decompositions(example_inputs: Sequence[Any]) -> dict[Any, Compiled] | None:

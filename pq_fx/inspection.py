@@ -54,7 +54,7 @@ def inspect(
     with linearized(watched):
         looker = _Looker(watched)
         compiled = torch.compile(watched, backend=looker, dynamic=False)
-        with torch.no_grad(), _torch.every_graph() as breaks:
+        with torch.no_grad(), _torch.every_graph(), _torch.graph_breaks() as breaks:
             try:
                 compiled(*args, **kwargs)
                 if looker.graphs > 1:

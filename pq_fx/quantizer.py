@@ -19,7 +19,7 @@ from pq_fx.convert import convert, out_of_memory
 from pq_fx.distributed import all_reduce, own_seed
 from pq_fx.errors import CalibrationError, ConfigError
 from pq_fx.modules import quantized_linears
-from pq_fx.passes._torch import every_graph
+from pq_fx.passes._torch import graph_breaks
 from pq_fx.pointwise import linearized
 from pq_fx.progress import CalibrationProgress
 from pq_fx.report import LayerReport, Report
@@ -94,7 +94,7 @@ class Quantizer:
             session = Session(self.model, gathered, self.observer, self._seed, shown, skip)
             session.save_to(autosave, autosave_seconds)
             try:
-                with every_graph() as breaks, shown:
+                with graph_breaks() as breaks, shown:
                     yield self
             except BaseException as error:
                 if gathered.calls:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from pq_fx.calibrate import Observer
 from pq_fx.errors import CalibrationError
 from pq_fx.passes import observe
+from pq_fx.passes._torch import every_graph
 from pq_fx.progress import CalibrationProgress
 from pq_fx.seen import leaves, tensors_of
 from pq_fx.statistics import ModelId, Statistics
@@ -57,6 +59,8 @@ class Session:
         self._autosave: str | os.PathLike[str] | None = None
         self._every = self._saved = 0.0
         self._first = True
+        # Updates of statistics, and taking them back, are not one step: calls of several threads wait for each other.
+        self._lock = threading.RLock()
         self._compiled: Compiled = model
         self._watcher: Observer | None = None
         self.watch()
@@ -78,6 +82,10 @@ class Session:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model and count the call; one that raises leaves no trace in the statistics."""
+        with self._lock:
+            return self._call(args, kwargs)
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
         before = self.statistics.snapshot()
         result, journal = self._attempt(before, args, kwargs)
         pieces = self.statistics.graphs - before.graphs
@@ -118,7 +126,7 @@ class Session:
     def _attempt(self, before: Statistics, args: Any, kwargs: Any) -> tuple[Any, observe.Journal]:
         if self._watcher is not None:
             self._watcher.begin(t for _, t in leaves((args, kwargs)))
-        with observe.journal() as journal:
+        with observe.journal() as journal, every_graph():
             try:
                 result = self._compiled(*args, **kwargs)
                 if self.calls < self._skip:

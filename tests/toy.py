@@ -11,6 +11,7 @@ from pq_fx.passes.lower import lower
 from pq_fx.passes.retrace import retrace
 
 WIDTH, HEADS = 64, 4
+SAME = 1e-5  # compiled against eager in fp32: sums in another order
 CONFIG = pq_fx.QuantConfig("int4", group_size=16, method="permuquant", calibration_rows=64)
 
 
@@ -109,3 +110,19 @@ def lowered(model: nn.Module, **settings: bool) -> nn.Module:
 def relative(got: Tensor, want: Tensor) -> float:
     """Norm of the difference over the norm of what is wanted."""
     return ((got - want).norm() / want.norm()).item()
+
+
+@torch.no_grad()
+def out(model: nn.Module, seed: int = 5, **shape: int) -> Tensor:
+    """The model's output for `rows(seed, **shape)`, without gradient."""
+    return model(rows(seed, **shape))
+
+
+def bytes_of(model: nn.Module) -> dict[str, bytes]:
+    """Every tensor of the state dict as bytes."""
+    return {
+        n: v.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        if v.dim()
+        else v.item().hex().encode()
+        for n, v in model.state_dict().items()
+    }
