@@ -77,8 +77,27 @@ def finish(
     """
     empty = [name for name, value in checkpoint_model.state_of(model).items() if value.is_meta]
     if empty:
+        kept = _offloaded(model)
+        empty = [name for name in empty if name not in kept]
+    if empty:
         raise CheckpointError(f"the checkpoint did not fill {', '.join(empty[:5])}")
     if report is not None:
         report.attach(model)
     applied.note(model, record)
     seen.attach(model, *seen.from_config(model, stored))
+
+
+def _offloaded(model: nn.Module) -> set[str]:
+    """Names of tensors that accelerate's hooks keep on the CPU and bring for each call; in the model they show as meta.
+
+    A device map over a GPU and the CPU puts such hooks before a library lets the quantizer finish.
+    """
+    names = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            kept = getattr(one, "weights_map", None)
+            if kept is not None:
+                held = (n for n in module.state_dict(keep_vars=True) if n in kept)
+                names |= {f"{path}.{n}" if path else n for n in held if not kept[n].is_meta}
+    return names

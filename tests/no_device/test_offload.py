@@ -15,10 +15,12 @@ import pipelines
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models import modeling_utils
 from torch import nn
 
 import pq_fx
 from pq_fx.errors import CheckpointError, ConfigError
+from pq_fx.integrations import loading
 from pq_fx.modules import quantized_linears
 
 CPU = torch.device("cpu")
@@ -154,6 +156,33 @@ def test_a_quantized_model_in_parts_compiles() -> None:
         torch.compiler.reset()
         got = torch.compile(model, backend="permuquant")(**pipelines.flux_inputs())[0]
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_map_over_a_gpu_and_the_cpu_loads(
+    saved: Any, pipe: Any, want: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate takes the CPU's parts away, to bring them for each call, before the quantizer may finish."""
+    dispatch = modeling_utils.dispatch_model
+    folder, kind = saved[0] / "transformer", type(pipe.transformer)
+    monkeypatch.setattr(
+        modeling_utils,
+        "dispatch_model",
+        lambda model, **_: accelerate.cpu_offload(dispatch(model, {"": "cpu"}), CPU),
+    )
+    parts = {name: "cpu" for name, _ in pipe.transformer.named_children()}
+    parts |= {name: "cpu" for name in pipe.transformer._parameters}
+    pipe.transformer = kind.from_pretrained(folder, device_map=parts)
+    assert all(w.is_meta for w in weights(pipe.transformer))
+    assert np.array_equal(pipelines.draw(pipe), want)
+
+
+def test_hooks_over_tensors_that_were_not_filled_hide_nothing(saved: Any, pipe: Any) -> None:
+    model = pipe.transformer
+    linear = next(iter(quantized_linears(model).values()))
+    linear.weight_scale = nn.Parameter(linear.weight_scale.to("meta"), requires_grad=False)
+    accelerate.cpu_offload(model, CPU, state_dict=model.state_dict())
+    with pytest.raises(CheckpointError, match="did not fill .*weight_scale$"):
+        loading.finish(model, {}, {}, None)
 
 
 def test_a_map_that_ends_on_the_disk_is_refused(saved: Any, pipe: Any, tmp_path: Path) -> None:
