@@ -1,6 +1,6 @@
 """No class may lose coverage: one block of each kind at the published width, against a snapshot in the repository.
 
-`python bench/coverage.py --snapshot` renews it; the table at full depth is `python bench/coverage.py`.
+`python bench/coverage_table.py --snapshot` renews it; the table at full depth is `python bench/coverage_table.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from coverage import look, snapshot_row
+from coverage_table import look, snapshot_row
 
 SNAPSHOT = json.loads((Path(__file__).parent / "coverage.json").read_text())
 # Block GEMMs that must be done in 4 bits, in percent.
@@ -20,7 +20,7 @@ BELOW: set[str] = set()
 @pytest.mark.parametrize("name", SNAPSHOT)
 def test_coverage_does_not_drop(name: str) -> None:
     known, row = SNAPSHOT[name], snapshot_row(look(name, layers=1))
-    renew = "if this is meant, renew it: python bench/coverage.py --snapshot"
+    renew = "if this is meant, renew it: python bench/coverage_table.py --snapshot"
     assert row["block_gemm_percent"] >= min(known["block_gemm_percent"], 100) - 0.01, renew
     packed = {
         which: each["parameter_percent"]["quantize"] + each["parameter_percent"]["weight_only"]

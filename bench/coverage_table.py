@@ -1,8 +1,8 @@
 """The coverage table: what would be quantized in each model class, at full depth and width, without weights.
 
-    python bench/coverage.py                      all classes -> bench/results/coverage.json and coverage.md
-    python bench/coverage.py flux sana            some of them; the others keep their rows
-    python bench/coverage.py --snapshot           one block of each kind -> tests/no_device/coverage.json (the test's)
+    python bench/coverage_table.py   all classes -> bench/results/coverage.json and coverage.md
+    python bench/coverage_table.py flux sana   some of them; the others keep their rows
+    python bench/coverage_table.py --snapshot   one block of each kind -> tests/no_device/coverage.json (the test's)
 
 A drop against the snapshot fails `tests/no_device/test_coverage.py`.
 """
