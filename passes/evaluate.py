@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.reference import fake_quantize, nvfp4_global_scale, permute_rotate
+from pq_fx.kernels.reference import fake_quantize, nvfp4_global_scale, permute_rotate, rotate
 from pq_fx.passes.choice import OwnSettings, Settings, settings_of
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Point
@@ -27,17 +29,28 @@ from pq_fx.passes.regions import Point
 GLOBAL_SCALE_ROOM = 2.0
 # Elements of a weight that are quantized at once: a CPU's cache, or enough to fill a GPU.
 _CPU_ELEMENTS = 1 << 18
-_CUDA_ELEMENTS = 1 << 22
+_CUDA_ELEMENTS = 1 << 23
 
 
 _Found = TypeVar("_Found")
 
 
-class Errors(NamedTuple):
-    """Relative squared output errors by weight name, on the rows for fitting and on the others."""
+class Errors:
+    """Relative squared output errors by weight name, measured when they are asked for: most candidates lose on the
+    rows for fitting, and their errors on the others are never needed."""
 
-    fit: dict[str, float]
-    held: dict[str, float]
+    def __init__(self, measure: Callable[[bool], dict[str, float]]) -> None:
+        self._measure = measure
+
+    @cached_property
+    def fit(self) -> dict[str, float]:
+        """On the rows for fitting."""
+        return self._measure(False)
+
+    @cached_property
+    def held(self) -> dict[str, float]:
+        """On the others."""
+        return self._measure(True)
 
 
 class Measured(NamedTuple):
@@ -47,21 +60,30 @@ class Measured(NamedTuple):
     fitted: int
 
 
+@dataclass
+class Loaded:
+    """What measuring a point needs: its rows and weights, and the outputs fp32 [n, N] by weight name."""
+
+    sample: Measured
+    weights: dict[str, Tensor]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
 class Slot:
-    """Keeps the rows and weights of the point that was measured last, and lets go of those before: a residual
-    stream's region has hundreds of points, which a device would have to hold beside the model."""
+    """Keeps what the point that was measured last needs, and lets go of those before: a residual stream's region has
+    hundreds of points, which a device would have to hold beside the model."""
 
     def __init__(self) -> None:
         self._owner: PointErrors | None = None
-        self._held: tuple[Measured, dict[str, Tensor]] | None = None
+        self._loaded: Loaded | None = None
 
-    def of(self, owner: PointErrors) -> tuple[Measured, dict[str, Tensor]]:
-        """The rows and weights of `owner`."""
-        if self._owner is not owner or self._held is None:
-            self._held = None
+    def of(self, owner: PointErrors) -> Loaded:
+        """What `owner` needs."""
+        if self._owner is not owner or self._loaded is None:
+            self._loaded = None
             weights = {name: owner.weights[name] for name in owner.settings}
-            self._held, self._owner = (owner.load(), weights), owner
-        return self._held
+            self._loaded, self._owner = Loaded(owner.load(), weights), owner
+        return self._loaded
 
 
 class PointErrors:
@@ -111,73 +133,95 @@ class PointErrors:
         """
         key = (b"" if order is None else order.tobytes(), rotation, clip)
         if key not in self._known:
-            self._known[key] = self._measure(order, rotation, clip)
+            self._known[key] = Errors(
+                partial(self._measure, order, rotation, clip, self.weight_part)
+            )
         return self._known[key]
 
     def original(self) -> Errors:
         """Errors in the model's own order, with all of the weights' errors."""
         if self.weight_part == 1.0:
             return self(None, 0)
-        part, self.weight_part = self.weight_part, 1.0
-        try:
-            return self._measure(None, 0, 1.0)
-        finally:
-            self.weight_part = part
+        return Errors(partial(self._measure, None, 0, 1.0, 1.0))
 
-    def _measure(self, order: np.ndarray | None, rotation: int, clip: float) -> Errors:
-        sample, weights = self._slot.of(self)
+    def _measure(
+        self,
+        order: np.ndarray | None,
+        rotation: int,
+        clip: float,
+        weight_part: float,
+        held: bool,
+    ) -> dict[str, float]:
+        loaded = self._slot.of(self)
+        sample = loaded.sample
         perm = None if order is None else torch.from_numpy(order).to(sample.rows.device)
-        x = permute_rotate(sample.rows, perm, rotation)
-        if self.activation is not None:
-            room = x.abs().amax() * GLOBAL_SCALE_ROOM
-            ratio = None if clip == 1.0 else torch.tensor(clip, device=x.device)
-            scale = _scale(room, self.activation)
-            x = fake_quantize(x, self.activation, global_scale=scale, clip=ratio)
-        errors = Errors({}, {})
+        part = slice(sample.fitted, None) if held else slice(sample.fitted)
+        errors = {}
         with exact_matmul():
-            for name, weight in weights.items():
-                lost, whole = self._sums(name, weight, sample, x, perm, rotation)
-                parts = (lost / whole.where(whole > 0, torch.ones_like(whole))).tolist()
-                errors.fit[name], errors.held[name] = parts
+            x = _turned(sample.rows, perm, rotation)
+            if self.activation is not None:
+                scale = _scale(x.abs().amax() * GLOBAL_SCALE_ROOM, self.activation)
+                ratio = None if clip == 1.0 else torch.tensor(clip, device=x.device)
+                x = fake_quantize(x[part], self.activation, global_scale=scale, clip=ratio)
+            else:
+                x = x[part]
+            for name, weight in loaded.weights.items():
+                if name not in loaded.outputs:
+                    loaded.outputs[name] = self._outputs(sample.rows, weight)
+                y = loaded.outputs[name][part]
+                lost = self._lost(name, weight, x, y, perm, rotation, weight_part)
+                if self.center is not None:
+                    y = y + torch.cat([self.center @ self._wide(w).T for w in _chunks(weight)])
+                whole = float(y.square().sum(dim=1).double().sum())
+                errors[name] = float(lost) / whole if whole > 0 else float(lost)
         return errors
 
-    def _sums(
+    def _outputs(self, rows: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat([rows @ self._wide(chunk).T for chunk in _chunks(weight)], dim=1)
+
+    def _lost(
         self,
         name: str,
         weight: Tensor,
-        sample: Measured,
         x: Tensor,
+        y: Tensor,
         perm: Tensor | None,
         rotation: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Squared norms of error and output, fp64 [2]: fitted rows, other rows."""
+        weight_part: float,
+    ) -> Tensor:
+        """Squared norm of the error of outputs y [n, N], fp64 []."""
         fmt, search = self.settings[name].weight, self.settings[name].weight_search
-        elements = _CPU_ELEMENTS if weight.device.type == "cpu" else _CUDA_ELEMENTS
-        chunks = weight.split(max(1, elements // max(1, weight.shape[1])))
+        chunks = _chunks(weight)
         scale = None
         if fmt.two_level:
-            turned = (permute_rotate(self._wide(w), perm, rotation) for w in chunks)
+            turned = (_turned(self._wide(w), perm, rotation) for w in chunks)
             scale = _scale(torch.stack([w.abs().amax() for w in turned]).amax(), fmt)
-        lost = torch.zeros(2, dtype=torch.float64, device=x.device)
-        whole = torch.zeros_like(lost)
-        for chunk in chunks:
-            w = self._wide(chunk)
-            exact = permute_rotate(w, perm, rotation)
+        lost = torch.zeros((), dtype=torch.float64, device=x.device)
+        for chunk, wanted in zip(chunks, y.split([len(c) for c in chunks], dim=1), strict=True):
+            exact = _turned(self._wide(chunk), perm, rotation)
             q = fake_quantize(exact, fmt, global_scale=scale, scale_search=search)
-            if self.weight_part != 1.0:
-                q = torch.lerp(exact.to(q), q, self.weight_part)
-            y = sample.rows @ w.T
-            error = torch.addmm(y, x, q.T, alpha=-1)
-            if self.center is not None:
-                y = y + self.center @ w.T
-            for sums, values in ((lost, error), (whole, y)):
-                rows = values.square().sum(dim=1).double()
-                sums += torch.stack([rows[: sample.fitted].sum(), rows[sample.fitted :].sum()])
-        return lost, whole
+            if weight_part != 1.0:
+                q = torch.lerp(exact, q, weight_part)
+            error = torch.addmm(wanted, x, q.T, alpha=-1)
+            lost += error.square().sum(dim=1).double().sum()
+        return lost
 
     def _wide(self, weight: Tensor) -> Tensor:
         wide = weight.float()
         return wide if self.scale is None else wide * self.scale
+
+
+def _chunks(weight: Tensor) -> tuple[Tensor, ...]:
+    elements = _CPU_ELEMENTS if weight.device.type == "cpu" else _CUDA_ELEMENTS
+    return weight.split(max(1, elements // max(1, weight.shape[1])))
+
+
+def _turned(x: Tensor, perm: Tensor | None, rotation: int) -> Tensor:
+    """`permute_rotate` to within rounding: on a GPU one product with the Hadamard matrix instead of 28 launches."""
+    if rotation == 0 or x.device.type == "cpu":
+        return permute_rotate(x, perm, rotation)
+    matrix = rotate(torch.eye(rotation, device=x.device), rotation)
+    return (permute_rotate(x, perm, 0).view(-1, rotation) @ matrix).view(x.shape)
 
 
 def _scale(amax: Tensor, fmt: Format) -> Tensor | None:
