@@ -21,7 +21,7 @@ from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.rounding import as_bytes
 from pq_fx.kernels.rows import INTERPRETED, on_device_of, require, storage_bytes
-from pq_fx.kernels.unpack_bits import load_values
+from pq_fx.kernels.unpack_bits import load_values, multiply_pairs
 
 MAX_ROWS = 64
 
@@ -63,8 +63,11 @@ def _gemv_kernel(
     weight_rows = weight_ptr + safe[:, None] * weight_stride
     # Groups of 16 go in pairs through a dot of 32 channels (one of 16 came out wrong on sm_90 with
     # Triton 3.6): once with the second half of the rows' channels zero, once with the first.
-    HALVES: tl.constexpr = 2 if GROUP == 16 else 1
-    PART: tl.constexpr = GROUP * HALVES if GROUP > 0 else (64 if BLOCK_K > 64 else BLOCK_K)
+    # nvfp4's scale goes into the element first: 2 and 4 significant bits make 6, which 16 bits hold.
+    FOLD: tl.constexpr = SCALE == "e4m3"
+    APART: tl.constexpr = GROUP > 0 and not FOLD
+    HALVES: tl.constexpr = 2 if GROUP == 16 and APART else 1
+    PART: tl.constexpr = GROUP * HALVES if APART else (64 if BLOCK_K > 64 else BLOCK_K)
     GROUPS: tl.constexpr = BLOCK_K // PART
     column = tl.arange(0, BLOCK_M * HALVES)[None, None, :]
     row = column % BLOCK_M
@@ -79,10 +82,18 @@ def _gemv_kernel(
     for block in tl.range(0, (K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
         first = block * BLOCK_K
         w = load_values(weight_rows, first, K, BLOCK_N, BLOCK_K, ELEMENT, DOT)
+        if FOLD:
+            group = block * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)[None, :]
+            stored = tl.load(
+                scale_ptr + safe[:, None] * scale_stride + group, mask=group * GROUP < K, other=0
+            )
+            scale = scale_value(stored, SCALE).to(DOT)[:, :, None]
+            w = tl.reshape(w, [BLOCK_N, BLOCK_K // GROUP, GROUP])
+            w = multiply_pairs(w, tl.broadcast_to(scale, [BLOCK_N, BLOCK_K // GROUP, GROUP]))
         w = tl.permute(tl.reshape(w, [BLOCK_N, GROUPS, PART]), [1, 0, 2])
         x = tl.load(x_rows + (first + inner), mask=x_mask & (first + inner < K), other=0.0)
         partial = tl.dot(w, x.to(DOT), input_precision="ieee")
-        if GROUP > 0:
+        if APART:
             half = tl.arange(0, HALVES)[None, None, :]
             group = (block * GROUPS + part[:, None, None]) * HALVES + half
             stored = tl.load(
@@ -133,7 +144,8 @@ def gemv(
     if out.numel() == 0:
         return out
     # At most 16 groups a block, whose partial sums are kept apart: few registers.
-    block_k = block_k or min(512 if count <= 16 else 256, 16 * (fmt.group_size or 32))
+    apart = 32 if fmt.two_level else fmt.group_size or 32
+    block_k = block_k or min(512 if count <= 16 else 256, 16 * apart)
     block_k = min(block_k, max(triton.next_power_of_2(channels), fmt.group_size, 32))
     dot = tl.float16 if x.dtype == torch.float16 else tl.bfloat16
     with on_device_of(x):

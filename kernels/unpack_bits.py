@@ -3,8 +3,9 @@
 Element values have at most 8 significant bits, so bf16 and fp16 hold them exactly. A 4-bit code
 costs 2.5 instructions: two codes are moved apart into the halves of a word, or-ed into the mantissa
 of 128 (fp16: 1024), and the constant is subtracted from both at once. e2m1's exponent is moved into
-that of a tiny float and scaled up exactly. Triton's interpreter has no inline assembly; there, and
-for int3 and 8 bits, the values of `codes.code_value` are converted.
+that of a tiny float and scaled up exactly. int3's magnitudes already lie two to a word. Triton's
+interpreter has no inline assembly; there, and for 8 bits, the values of `codes.code_value` are
+converted.
 """
 
 from __future__ import annotations
@@ -47,6 +48,33 @@ def _assembly(magnitude: str, kind: str, factor: int, addend: int) -> str:
     return "{ " + " ".join(lines) + " }"
 
 
+def _assembly_int3(kind: str, exponent: int, factor: int, addend: int) -> str:
+    """PTX for four times eight channels: magnitudes $16, $17 and signs $18 to $0 ... $15.
+
+    A word of magnitudes holds two times eight channels of two bits, so channel i of both is one
+    shift away; $2i, $2i + 1 are the four values of channel i, two a word.
+    """
+    lines = [
+        ".reg .b32 p, q, m, s, f, c, e;",
+        f"mov.b32 f, {factor:#010x};",
+        f"mov.b32 c, {addend:#010x};",
+        f"mov.b32 e, {exponent:#010x};",
+        # Each byte of signs in the upper half of 16 bits.
+        "prmt.b32 p, $18, 0, 0x1404;",
+        "prmt.b32 q, $18, 0, 0x3424;",
+    ]
+    for i in range(8):
+        for half, signs in enumerate("pq"):
+            lines += [
+                f"shr.u32 m, ${16 + half}, {2 * i};",
+                "lop3.b32 m, m, 0x00030003, e, 0xEA;",
+                f"fma.rn.{kind} m, m, f, c;",
+                f"shl.b32 s, {signs}, {7 - i};",
+                f"lop3.b32 ${2 * i + half}, m, s, 0x80008000, 0x78;",
+            ]
+    return "{ " + " ".join(lines) + " }"
+
+
 # n & 7 | exponent of 128 (1024), as one LOP3 (0xEA: a & b | c), then minus 128 (1024).
 _INT4_BF16 = tl.constexpr(
     _assembly("lop3.b32 m, n, 0x00070007, 0x43004300, 0xEA;", "bf16x2", 0x3F803F80, 0xC300C300)
@@ -54,6 +82,8 @@ _INT4_BF16 = tl.constexpr(
 _INT4_FP16 = tl.constexpr(
     _assembly("lop3.b32 m, n, 0x00070007, 0x64006400, 0xEA;", "f16x2", 0x3C003C00, 0xE400E400)
 )
+_INT3_BF16 = tl.constexpr(_assembly_int3("bf16x2", 0x43004300, 0x3F803F80, 0xC300C300))
+_INT3_FP16 = tl.constexpr(_assembly_int3("f16x2", 0x64006400, 0x3C003C00, 0xE400E400))
 # Exponent and mantissa of e2m1 read 2^-126 (2^-14) too small in place, the subnormal included.
 _E2M1_BF16 = tl.constexpr(
     _assembly("and.b32 m, n, 0x00070007; shl.b32 m, m, 6;", "bf16x2", 0x7E807E80, 0x80008000)
@@ -91,6 +121,76 @@ def unpack_nibbles(packed, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def unpack_eights(magnitude, sign, DTYPE: tl.constexpr):
+    """int3: eight tensors of DTYPE, the channels of magnitudes (int16) and signs (uint8)."""
+    if _INTERPRETED:
+        m, s = magnitude.to(tl.int32), sign.to(tl.int32)
+        return (
+            _int3_value(m, s, 0).to(DTYPE),
+            _int3_value(m, s, 1).to(DTYPE),
+            _int3_value(m, s, 2).to(DTYPE),
+            _int3_value(m, s, 3).to(DTYPE),
+            _int3_value(m, s, 4).to(DTYPE),
+            _int3_value(m, s, 5).to(DTYPE),
+            _int3_value(m, s, 6).to(DTYPE),
+            _int3_value(m, s, 7).to(DTYPE),
+        )
+    elif DTYPE == tl.bfloat16:  # noqa: SIM300
+        return tl.inline_asm_elementwise(
+            _INT3_BF16,
+            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+            [magnitude, sign],
+            dtype=(
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+            ),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            _INT3_FP16,
+            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+            [magnitude, sign],
+            dtype=(
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+            ),
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def multiply_pairs(x, y):
+    """x * y of 16-bit floats, rounded once, two at a time; sm_80 has no product of bf16 but in fma."""
+    if _INTERPRETED:
+        return x * y
+    else:
+        kind: tl.constexpr = "bf16x2" if x.dtype == tl.bfloat16 else "f16x2"
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn." + kind + " $0, $1, $2, z; }",
+            "=r,r,r",
+            [x, y],
+            dtype=x.dtype,
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
 def load_values(
     base,
     first,
@@ -114,22 +214,13 @@ def load_values(
         eight = first // 8 + tl.arange(0, COUNT // 8)[None, :]
         mask = eight < CHANNELS // 8
         words = base.to(tl.pointer_type(tl.int16), bitcast=True)
-        magnitude = tl.load(words + eight, mask=mask, other=0).to(tl.int32)
-        sign = tl.load(base + CHANNELS // 4 + eight, mask=mask, other=0).to(tl.int32)
+        magnitude = tl.load(words + eight, mask=mask, other=0)
+        sign = tl.load(base + CHANNELS // 4 + eight, mask=mask, other=0)
+        v = unpack_eights(magnitude, sign, DTYPE)
         # Joined so that the eight come out in order: the bits of their number, lowest last.
-        return tl.reshape(
-            tl.join(
-                tl.join(
-                    tl.join(_int3_value(magnitude, sign, 0), _int3_value(magnitude, sign, 4)),
-                    tl.join(_int3_value(magnitude, sign, 2), _int3_value(magnitude, sign, 6)),
-                ),
-                tl.join(
-                    tl.join(_int3_value(magnitude, sign, 1), _int3_value(magnitude, sign, 5)),
-                    tl.join(_int3_value(magnitude, sign, 3), _int3_value(magnitude, sign, 7)),
-                ),
-            ),
-            [ROWS, COUNT],
-        ).to(DTYPE)
+        even = tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6]))
+        odd = tl.join(tl.join(v[1], v[5]), tl.join(v[3], v[7]))
+        return tl.reshape(tl.join(even, odd), [ROWS, COUNT])
     else:
         channel = first + tl.arange(0, COUNT)[None, :]
         code = tl.load(base + channel, mask=channel < CHANNELS, other=0)
