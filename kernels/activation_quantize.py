@@ -19,8 +19,8 @@ from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.quantize_row import quantize_rows_store
 from pq_fx.kernels.reference_ops import ACTIVATIONS, check_choice
-from pq_fx.kernels.rotate_row import gather_row
-from pq_fx.kernels.rounding import as_bytes, inverse_one_plus_exp2, round_row
+from pq_fx.kernels.rotate_row import gather_rows
+from pq_fx.kernels.rounding import as_bytes, inverse_one_plus_exp2, round_row, widen
 from pq_fx.kernels.row_arguments import (
     as_carried,
     check_quantize,
@@ -75,10 +75,10 @@ def _activated_piece(
         # The channels that `x` holds; the others come first, and are not activated.
         own = inside & (at >= BEFORE)
         x = tl.load(x_ptrs[:, None] + (at - BEFORE), mask=own, other=0.0)
-        y = activation(x.to(tl.float32), ACT)
+        y = activation(widen(x), ACT)
         if HAS_GATE:
             gate = tl.load(gate_ptrs[:, None] + (at - BEFORE), mask=own, other=0.0)
-            y = y * gate.to(tl.float32)
+            y = y * widen(gate)
         y = round_row(y, kind)
         if FIRST < BEFORE:
             first = inside & (at < BEFORE)
@@ -152,8 +152,6 @@ def _act_quantize_kernel(
         ACT,
         HAS_GATE,
     )
-    if HAS_PERM:
-        head = gather_row(head, perm_ptr, CHANNELS, ROWS, HEAD, TAIL)
     tail = head
     if TAIL > 0:
         tail = _activated_piece(
@@ -167,6 +165,8 @@ def _act_quantize_kernel(
             ACT,
             HAS_GATE,
         )
+    if HAS_PERM:
+        head, tail = gather_rows(head, tail, perm_ptr, CHANNELS, HEAD, TAIL)
     quantize_rows_store(
         head,
         tail,
@@ -268,7 +268,6 @@ def act_quantize(
             HAS_CLIP=clip is not None,
             NATIVE_FP8=native_fp8(x.device),
             num_warps=tile.warps,
-            enable_fp_fusion=False,
             **row_constants(fmt, tile, rotation, carrier, x.dtype),
         )
     return as_carried(stored, carrier), scale

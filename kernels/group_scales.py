@@ -114,8 +114,12 @@ def round_elements(
     SCALE: tl.constexpr,
     TOP: tl.constexpr,
     HAS_CLIP: tl.constexpr,
+    LATER: tl.constexpr = False,
 ):
-    """Element values (fp32, before their scale) that groups [R, G, g] are rounded to."""
+    """Element values (fp32, before their scale) that groups [R, G, g] are rounded to.
+
+    LATER: e4m3 elements only, not rounded yet: the caller makes e4m3 of them as they are.
+    """
     if SCALE == "e4m3" or SCALE == "e8m0" or SCALE == "pow2":
         # nvfp4 is defined by the product; the other two have powers of two, where it is exact.
         scaled = groups * inverse[:, :, None]
@@ -124,7 +128,10 @@ def round_elements(
     if ELEMENT == "e2m1":
         return clamp_symmetric(round_float_lattice(clamp_symmetric(scaled, TOP), 0, 1), TOP)
     elif ELEMENT == "e4m3":
-        magnitude = tl.abs(round_float_lattice(clamp_symmetric(scaled, TOP), -6, 3))
+        if HAS_CLIP:
+            scaled = clamp_symmetric(scaled, TOP)
+        # Without a clip amax / scale is at most TOP * (1 + 2^-23), which rounds to TOP.
+        magnitude = tl.abs(scaled if LATER else round_float_lattice(scaled, -6, 3))
         # The sign of the input: the division's last multiply-add turns -0 into +0.
         return float_of(bits_of(magnitude) | (bits_of(groups) & -2147483648))
     elif SCALE == "pow2" or HAS_CLIP:

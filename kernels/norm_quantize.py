@@ -1,9 +1,8 @@
 """Triton: layer or RMS norm, affine, modulation, channel gather, rotation, quantize in one kernel.
 
-A program holds a few rows [K] of one batch entry, so that their modulation is read once; mean and
-variance are fp32 sums on chip, and so is the gather of a permutation. Defined by
-`pq_fx.kernels.reference_ops.norm_quantize`; sums have another order here, so a code may move by one
-step where a value lies on a boundary (tests/thresholds.py states how many).
+A program holds a few rows [K] of one batch entry, so that their modulation is read once; mean and variance are fp32
+sums on chip, and so is the gather of a permutation. Defined by `pq_fx.kernels.reference_ops.norm_quantize`; sums have
+another order here, so a code may move by one step where a value lies on a boundary (tests/thresholds.py says how many).
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.quantize_row import quantize_rows_store
 from pq_fx.kernels.reference_ops import NORMS, check_choice
-from pq_fx.kernels.rotate_row import gather_row
-from pq_fx.kernels.rounding import as_bytes, round_row
+from pq_fx.kernels.rotate_row import gather_rows
+from pq_fx.kernels.rounding import as_bytes, round_row, widen
 from pq_fx.kernels.row_arguments import (
     as_carried,
     channel_vector,
@@ -40,6 +39,13 @@ from pq_fx.kernels.rows import (
 
 
 @triton.jit
+def _load_vector(ptr, read, mask, ROWS: tl.constexpr):
+    # Of the rows' shape, so that it comes in their layout: a vector would pass through shared memory.
+    at = tl.broadcast_to((ptr + read)[None, :], [ROWS, read.shape[0]])
+    return widen(tl.load(at, mask=mask[None, :], other=0.0))
+
+
+@triton.jit
 def _affine(
     y,
     read,
@@ -54,21 +60,16 @@ def _affine(
     HAS_SHIFT: tl.constexpr,
 ):
     """``(y * weight + bias) * (1 + scale) + shift`` of y [R, L], each vector read at `read` [L]."""
+    ROWS: tl.constexpr = y.shape[0]
     if HAS_WEIGHT:
-        y = y * tl.load(weight_ptr + read, mask=mask, other=0.0).to(tl.float32)[None, :]
+        y = y * _load_vector(weight_ptr, read, mask, ROWS)
     if HAS_BIAS:
-        y = y + tl.load(bias_ptr + read, mask=mask, other=0.0).to(tl.float32)[None, :]
+        y = y + _load_vector(bias_ptr, read, mask, ROWS)
     if HAS_SCALE:
-        scale = tl.load(scale_ptr + read, mask=mask, other=0.0).to(tl.float32)
-        y = y * (scale + 1.0)[None, :]
+        y = y * (_load_vector(scale_ptr, read, mask, ROWS) + 1.0)
     if HAS_SHIFT:
-        y = y + tl.load(shift_ptr + read, mask=mask, other=0.0).to(tl.float32)[None, :]
+        y = y + _load_vector(shift_ptr, read, mask, ROWS)
     return y
-
-
-@triton.jit
-def _load_piece(row_ptrs, read, mask):
-    return tl.load(row_ptrs[:, None] + read[None, :], mask=mask[None, :], other=0.0)
 
 
 @triton.jit
@@ -139,12 +140,14 @@ def _norm_quantize_kernel(
         mod_shift_ptr += batch * mod_shift_stride
     at = tl.arange(0, HEAD)
     inside = at < CHANNELS
-    x = _load_piece(rows, at, inside).to(tl.float32)
+    x = widen(tl.load(rows[:, None] + at[None, :], mask=inside[None, :], other=0.0))
     tail = x
     if TAIL > 0:
         tail_at = HEAD + tl.arange(0, TAIL)
         tail_inside = tail_at < CHANNELS
-        tail = _load_piece(rows, tail_at, tail_inside).to(tl.float32)
+        tail = widen(
+            tl.load(rows[:, None] + tail_at[None, :], mask=tail_inside[None, :], other=0.0)
+        )
     mean = tl.zeros([ROWS], tl.float32)
     if not RMS:
         mean = _row_sum(x, tail, TAIL) / CHANNELS
@@ -172,8 +175,6 @@ def _norm_quantize_kernel(
     if HEAD > CHANNELS:
         y = tl.where(inside[None, :], y, 0.0)
     y = round_row(y, x_ptr.dtype.element_ty)
-    if HAS_PERM:
-        y = gather_row(y, perm_ptr, CHANNELS, ROWS, HEAD, TAIL)
     tail_y = y
     if TAIL > 0:
         tail_y = _affine(
@@ -192,6 +193,8 @@ def _norm_quantize_kernel(
         if HEAD + TAIL > CHANNELS:
             tail_y = tl.where(tail_inside[None, :], tail_y, 0.0)
         tail_y = round_row(tail_y, x_ptr.dtype.element_ty)
+    if HAS_PERM:
+        y, tail_y = gather_rows(y, tail_y, perm_ptr, CHANNELS, HEAD, TAIL)
     quantize_rows_store(
         y,
         tail_y,
@@ -292,7 +295,6 @@ def norm_quantize(
             HAS_CLIP=clip is not None,
             NATIVE_FP8=native_fp8(x.device),
             num_warps=tile.warps,
-            enable_fp_fusion=False,
             **row_constants(fmt, tile, rotation, carrier, x.dtype),
         )
     return as_carried(stored, carrier), scale

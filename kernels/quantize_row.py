@@ -13,7 +13,7 @@ import triton.language as tl
 from pq_fx.kernels.group_scales import element_code, group_scales, largest, round_elements
 from pq_fx.kernels.reference import ROW_SCALE_FLOOR
 from pq_fx.kernels.rotate_row import rotate
-from pq_fx.kernels.rounding import as_bytes, bits_of, divide_rounded, e4m3_byte, float_of
+from pq_fx.kernels.rounding import as_bytes, bits_of, divide_rounded, e4m3_byte, float_of, widen
 
 _ROW_SCALE_FLOOR = tl.constexpr(ROW_SCALE_FLOOR)
 
@@ -31,7 +31,7 @@ def _groups(
     if ROTATION > 0:
         y = rotate(y, ROWS, LENGTH, ROTATION, BY_DOT)
     size: tl.constexpr = GROUP if GROUP > 0 else LENGTH
-    groups = tl.reshape(y.to(tl.float32), [ROWS, LENGTH // size, size])
+    groups = tl.reshape(widen(y), [ROWS, LENGTH // size, size])
     amax = largest(groups, 2)
     return groups, amax + (
         amax - amax
@@ -75,7 +75,9 @@ def _store_piece(
     UNIT: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
-    elements = round_elements(groups, divisor, inverse, ELEMENT, SCALE, TOP, HAS_CLIP)
+    # fp8 rows carried as e4m3: the factor below is 1 or NaN, and one rounding is enough.
+    later: tl.constexpr = CARRIER == "e4m3" and ELEMENT == "e4m3" and GROUP == 0
+    elements = round_elements(groups, divisor, inverse, ELEMENT, SCALE, TOP, HAS_CLIP, later)
     width: tl.constexpr = 2 if CARRIER == "e2m1" else 1  # channels in a byte of data
     if CARRIER == "e4m3":
         factor = divide_rounded(value, row[:, None], row_inverse[:, None])

@@ -1,8 +1,8 @@
 """Device functions that reorder and rotate rows held on chip: a gather, the block Hadamard transform.
 
 Rows of 16 bits are rotated by tensor cores: one `tl.dot` of [groups, SIZE] with the +-1 Hadamard
-matrix, whose products are exact; sums are fp32. Others follow the butterflies of
-`pq_fx.kernels.reference.rotate` step by step.
+matrix (for 64 a smaller one, and butterflies), whose products are exact; sums are fp32. Others follow
+the butterflies of `pq_fx.kernels.reference.rotate` step by step.
 """
 
 from __future__ import annotations
@@ -42,20 +42,83 @@ def hadamard_signs(SIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def gather_row(
-    y,
+def _side_by_side(a, b):
+    """Rows [R, N] and [R, N] as [R, 2N]."""
+    return tl.reshape(tl.permute(tl.join(a, b), [0, 2, 1]), [a.shape[0], 2 * a.shape[1]])
+
+
+@triton.jit
+def _gather_piece(
+    rows, perm_ptr, FIRST: tl.constexpr, LENGTH: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """rows [R, N] at perm[FIRST : FIRST + LENGTH], zero beyond CHANNELS."""
+    at = FIRST + tl.arange(0, LENGTH)[None, :]
+    inside = at < CHANNELS
+    # With the rows' shape, so that the result comes in their layout; flat, because a gather along the
+    # second axis would be made of shuffles.
+    COUNT: tl.constexpr = rows.shape[0]
+    pointers = tl.broadcast_to(perm_ptr + at, [COUNT, LENGTH])
+    source = tl.load(pointers, mask=inside, other=0)
+    source += tl.arange(0, COUNT)[:, None] * rows.shape[1]
+    flat = tl.reshape(rows, [COUNT * rows.shape[1]])
+    piece = tl.gather(flat, tl.reshape(source, [COUNT * LENGTH]), 0)
+    piece = tl.reshape(piece, [COUNT, LENGTH])
+    if FIRST + LENGTH > CHANNELS:
+        piece = tl.where(inside, piece, 0.0)
+    return piece
+
+
+@triton.jit
+def gather_rows(
+    head,
+    tail,
     perm_ptr,
     CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """y [1, HEAD] in the order of perm int32 [CHANNELS], through shared memory; one row, one piece."""
-    tl.static_assert(ROWS == 1 and TAIL == 0)
-    at = tl.arange(0, HEAD)
-    source = tl.load(perm_ptr + at, mask=at < CHANNELS, other=0)
-    source = tl.where(at < CHANNELS, source, at)
-    return tl.reshape(tl.gather(tl.reshape(y, [HEAD]), source, 0), [1, HEAD])
+    """head [R, HEAD] and tail [R, TAIL] in the order of perm int32 [CHANNELS], through shared memory."""
+    row = head
+    if TAIL > 0:
+        # Only the first copy of the tail is read.
+        for _ in tl.static_range((HEAD // TAIL).bit_length() - 1):
+            tail = _side_by_side(tail, tail)
+        row = _side_by_side(head, tail)
+    piece = _gather_piece(row, perm_ptr, 0, HEAD, CHANNELS)
+    rest = piece
+    if TAIL > 0:
+        rest = _gather_piece(row, perm_ptr, HEAD, TAIL, CHANNELS)
+    return piece, rest
+
+
+@triton.jit
+def _rotate_64(y, ROWS: tl.constexpr, LENGTH: tl.constexpr):
+    """`rotate` in blocks of 64 that moves no data between threads: a dot of 16 columns, and butterflies.
+
+    A thread loads and stores 16 neighboring channels, so four threads hold a block. In the operands
+    of tensor cores four threads hold 16 columns: thread t columns 2t, 2t + 1, 8 + 2t and 9 + 2t. So
+    the dot takes two bits of a channel's number inside the thread and both bits of the thread; the
+    two bits that are left are butterflies of fp32 in the thread's own registers.
+    """
+    dtype: tl.constexpr = tl.float32 if _INTERPRETED else y.dtype
+    PARTS: tl.constexpr = ROWS * LENGTH // 512
+    # A channel is 16 thread + 8 high + 4 low + 2 upper + lower; a column 8 upper + 2 thread + lower.
+    y = tl.reshape(y, [PARTS, 8, 4, 2, 2, 2, 2])
+    y = tl.reshape(tl.permute(y, [3, 0, 4, 1, 5, 2, 6]), [PARTS * 32, 16]).to(dtype)
+    y = tl.dot(y, hadamard_signs(16, dtype) * 0.5, input_precision="ieee")
+    y = tl.permute(tl.reshape(y, [2, PARTS, 2, 8, 2, 4, 2]), [1, 3, 5, 4, 6, 2, 0])
+    a, b = tl.split(y)
+    c, d = tl.split(a + b)
+    e, f = tl.split(a - b)
+    y = tl.join(tl.join(c + d, c - d), tl.join(e + f, e - f))
+    # What was joined last lies next to each other in registers. Split and joined again, the two bits
+    # of neighbors do, so that four bytes of codes make a word where they are.
+    y = tl.permute(y, [0, 1, 2, 6, 5, 4, 3])
+    a, b = tl.split(y)
+    y = tl.permute(tl.join(a, b), [0, 1, 2, 3, 4, 6, 5])
+    a, b = tl.split(y)
+    y = tl.join(a, b)
+    return tl.reshape(y, [ROWS, LENGTH])
 
 
 @triton.jit
@@ -64,7 +127,9 @@ def rotate(y, ROWS: tl.constexpr, LENGTH: tl.constexpr, SIZE: tl.constexpr, BY_D
 
     BY_DOT: on tensor cores, y of 16 bits. Else by butterflies in the order of `reference.rotate`.
     """
-    if BY_DOT:
+    if BY_DOT and SIZE == 64 and ROWS * LENGTH >= 512:
+        y = _rotate_64(y, ROWS, LENGTH)
+    elif BY_DOT:
         dtype: tl.constexpr = tl.float32 if _INTERPRETED else y.dtype
         blocks = tl.reshape(y, [ROWS * LENGTH // SIZE, SIZE]).to(dtype)
         y = tl.dot(blocks, hadamard_signs(SIZE, dtype), input_precision="ieee")

@@ -112,23 +112,22 @@ def tile_of(channels: int, unit: int, by_dot: bool, gathered: bool) -> Tile:
     """Tile for rows of `channels`, as measured on H100 (bench/results/micro_h100.json).
 
     `unit` divides both pieces (group and rotation sizes). `by_dot`: a rotation by `tl.dot`, which
-    wants 16 groups a piece or more. `gathered`: one row as one piece, for the gather on chip.
+    wants 16 groups a piece or more. `gathered`: two warps or more, because Triton makes a gather
+    inside one warp of shuffles, one for each pair of a thread's channels.
     """
     length = padded_length(channels)
-    if gathered:
-        warps = min(max(length // 1024, 2), 32)
-        while by_dot and length < 16 * unit:
-            length *= 2
-        return Tile(1, length, 0, warps)
     head, tail = length, 0
     if channels > 64 and length // 2 >= unit:
         head = length // 2
         tail = max(triton.next_power_of_2(channels - head), unit)
-    rows = 2 if length <= 4096 else 1
+    # A row a warp where a rotation moves nothing between threads (`rotate_row._rotate_64`).
+    alone = by_dot and unit == 64 and not gathered and length > 2048
+    rows = 1 if alone or length > 4096 else 2
     while by_dot and rows * (tail or head) < 16 * unit:
         rows *= 2
-    warps = triton.next_power_of_2(triton.cdiv(rows * (head + tail), 3072))
-    return Tile(rows, head, tail, min(warps, 32))
+    each = 3072 if by_dot or gathered or length <= 4096 else 1536  # channels that a warp holds
+    warps = triton.next_power_of_2(triton.cdiv(rows * (head + tail), each))
+    return Tile(rows, head, tail, min(max(warps, 2 if gathered else 1), 32))
 
 
 def check_scale(name: str, scale: Tensor, count: int, channels: int, fmt: Format) -> None:

@@ -90,14 +90,30 @@ def test_norm_quantize(chip: int) -> None:
     if chip == 90:
         types["eps"] = "fp64"  # as Inductor passes a Python float
     kernel = kernels("norm_quantize")._norm_quantize_kernel
-    ptx = check_target(
-        compile_kernel(kernel, chip, constants, types, enable_fp_fusion=False, num_warps=4), chip
-    )
+    ptx = check_target(compile_kernel(kernel, chip, constants, types, num_warps=4), chip)
     # The codes leave in wide stores, fp8 bytes come from the hardware's conversion, and tensor
     # cores rotate.
     assert "st.global.v" in ptx
     assert ("e4m3x2" in ptx) == (chip >= 89)
     assert "mma" in ptx
+
+
+@pytest.mark.parametrize("rotation", [0, 64])
+@pytest.mark.parametrize("permute", [False, True])
+def test_rows_stay_in_registers(rotation: int, permute: bool) -> None:
+    """Modulation and rotation move nothing between threads; a gather takes one row of shared memory a row."""
+    flags = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_GLOBAL", "HAS_CLIP", "RMS"), False)
+    flags |= {"HAS_SCALE": True, "HAS_SHIFT": True, "HAS_PERM": permute}
+    constants = row_constants("int4:64:bf16", "e4m3", 90, 3072, **flags)
+    constants |= {"ROTATION": rotation, "BY_DOT": rotation > 0}
+    kernel = kernels("norm_quantize")._norm_quantize_kernel
+    types = {**ROW_TYPES, "scale_ptr": "*fp32"}
+    compiled = compile_kernel(kernel, 90, constants, types, num_warps=2)
+    ptx = check_target(compiled, 90)
+    padded = 2 * 4096 * constants["ROWS"] if permute else 0
+    # 512 bytes: the matrix of signs, and sums of the warps.
+    assert compiled.metadata.shared <= max(padded, 512)
+    assert ("mma" in ptx) == (rotation > 0)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -107,9 +123,7 @@ def test_act_quantize(chip: int) -> None:
     constants = row_constants("nvfp4:16:e4m3", "codes", chip, 768, **flags)
     kernel = kernels("activation_quantize")._act_quantize_kernel
     types = {**ROW_TYPES, "scale_ptr": "*u8"}
-    check_target(
-        compile_kernel(kernel, chip, constants, types, enable_fp_fusion=False, num_warps=4), chip
-    )
+    check_target(compile_kernel(kernel, chip, constants, types, num_warps=4), chip)
 
 
 # One chip is enough for the second layout and for joined weights.
@@ -255,7 +269,8 @@ def test_e2m1_gemm_uses_block_scaled_tensor_cores(chip: int, key: str, instructi
 @pytest.mark.parametrize(
     ("chip", "key"),
     [(chip, "int4:64:bf16") for chip in CHIPS]
-    + [(90, key) for key in ("nvfp4:16:e4m3", "int3:64:bf16", "fp8:0:fp32")],
+    + [(chip, key) for chip in (80, 90) for key in ("nvfp4:16:e4m3", "int3:64:bf16")]
+    + [(90, "fp8:0:fp32")],
 )
 def test_gemv(chip: int, key: str) -> None:
     fmt = Format.parse(key)
@@ -269,7 +284,7 @@ def test_gemv(chip: int, key: str) -> None:
         "DOT": triton.language.bfloat16,
         "BLOCK_M": 8,
         "BLOCK_N": 32,
-        "BLOCK_K": min(512, 16 * (fmt.group_size or 32)),
+        "BLOCK_K": min(512, 16 * (32 if fmt.two_level else fmt.group_size or 32)),
         "STAGES": 3,
     }
     types = {"weight_ptr": "*u8", "global_ptr": "*fp32"}
