@@ -12,7 +12,7 @@ Measured is the velocity's relative MSE on the demo prompts, at given times. Cal
 
 The part of the gain that is lost is (e_other - e_same) / (e_rtn - e_same). The file is written after
 every measurement. Seeds may run as processes of their own (`--seeds 3 --out seed3.json`), joined by `--more`;
-`--plot docs/generalisation.png` draws the file.
+`--plot docs/generalisation.png --more flux.json zimage.json` draws files, a row each.
 """
 
 from __future__ import annotations
@@ -235,17 +235,19 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=("permuquant-h", "best"), help="of sizes")
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing new after this")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument(
         "--more", type=Path, nargs="*", help="join these into --out, measure nothing"
     )
-    parser.add_argument("--plot", type=Path, help="draw --out, measure nothing")
+    parser.add_argument("--plot", type=Path, help="draw --more, else --out; measure nothing")
     args = parser.parse_args()
     if args.plot:
         from generalisation_plot import plot
 
-        plot(json.loads(args.out.read_text()), args.plot)
+        plot([json.loads(file.read_text()) for file in args.more or [args.out]], args.plot)
         return
+    if args.out is None:
+        parser.error("--out is missing")
     result = joined(args.more) if args.more else run(args)
     result["summary"] = summary(result)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

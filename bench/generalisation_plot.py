@@ -8,22 +8,24 @@ from typing import Any
 COLORS = {"permuquant-h": "#0b6e99", "best": "#c2410c"}
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Left: calibrated on the test's times or prompts, or on others. Right: number of prompts."""
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """A row for each model. Left: calibrated on the test's times or prompts, or on others. Right: number of prompts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), dpi=150)
+    figure = Figure(figsize=(9, 3.4 * len(results)), dpi=150)
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    _plot_transfer(left, result)
-    _plot_sizes(right, result, [r for r in result["runs"] if r.get("part") == "size"])
-    for axes in (left, right):
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel("velocity rel. MSE on the test prompts", fontsize=8)
-        axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
+    for (left, right), result in zip(
+        figure.subplots(len(results), 2, squeeze=False), results, strict=True
+    ):
+        _plot_transfer(left, result)
+        _plot_sizes(right, result, [r for r in result["runs"] if r.get("part") == "size"])
+        for axes in (left, right):
+            axes.set_ylim(bottom=0)
+            axes.set_ylabel("velocity rel. MSE on the test prompts", fontsize=8)
+            axes.tick_params(labelsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
 
@@ -68,4 +70,4 @@ def _plot_sizes(axes: Any, result: dict[str, Any], sized: list[dict[str, Any]]) 
             axes.plot(sizes, means, color=color, label=method)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("calibration prompts", fontsize=8)
-    axes.set_title("other prompts and other times; a point a seed", fontsize=9)
+    axes.set_title(f"{result['arch']}: other prompts and other times; a point a seed", fontsize=9)
