@@ -98,8 +98,8 @@ def _input_quantizer(
     perm = None if own.perm is None else torch.from_numpy(own.perm).to(rows.device, torch.int32)
     scale = None
     if fmt.two_level:
-        amax = permute_rotate(rows, perm, own.rotation).abs().amax()
-        scale = nvfp4_global_scale(amax * GLOBAL_SCALE_ROOM)
+        parts = [permute_rotate(part, perm, own.rotation).abs().amax() for part in rows.split(256)]
+        scale = nvfp4_global_scale(torch.stack(parts).amax() * GLOBAL_SCALE_ROOM)
     clip = None if own.clip == 1.0 else torch.tensor(own.clip, device=rows.device)
     return ActivationQuantizer(point.channels, fmt.key, own.rotation, perm, scale, clip, smooth)
 

@@ -59,12 +59,14 @@ class Rows:
         self.rotation = own.rotation
         self.plain = plain
         self.center = center
-        self.seen = permute_rotate(plain, self.perm, self.rotation)
-        if quantizer is not None:
-            fmt = Format.parse(quantizer.format)
-            self.seen = fake_quantize(
-                self.seen, fmt, global_scale=quantizer.global_scale, clip=quantizer.clip
-            )
+        fmt = None if quantizer is None else Format.parse(quantizer.format)
+        self.seen = torch.empty(plain.shape, device=plain.device)
+        for part, of in zip(_split(self.seen, _TURNED), _split(plain, _TURNED), strict=True):
+            x = permute_rotate(of, self.perm, self.rotation)
+            if quantizer is not None and fmt is not None:
+                clip, whole = quantizer.clip, quantizer.global_scale
+                x = fake_quantize(x, fmt, global_scale=whole, clip=clip)
+            part.copy_(x)
         self._moments: dict[int, SecondMoment] = {}
 
     def turned(self, weight: Tensor) -> Tensor:
