@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ def main() -> None:
         if args.out:
             known = json.loads(args.out.read_text())["classes"] if args.out.exists() else {}
             known |= rows
-            versions = {"torch": torch.__version__, "device": "cpu", "settings": SETTINGS}
+            versions = {n: version(n) for n in ("torch", "diffusers", "transformers")}
+            versions |= {"device": "cpu", "settings": SETTINGS}
             classes = {n: known[n] for n in MODELS if n in known}
             args.out.write_text(json.dumps({**versions, "classes": classes}, indent=1) + "\n")
     sys.exit(bool(failed))

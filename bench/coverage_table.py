@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,8 @@ def main() -> None:
         known = json.loads(path.read_text())["classes"] if args.names and path.exists() else {}
         known |= rows
         classes = {n: known[n] for n in MODELS if n in known}
-        text = json.dumps(
-            {"torch": torch.__version__, "device": "meta", "classes": classes}, indent=1
-        )
+        versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+        text = json.dumps({**versions, "device": "meta", "classes": classes}, indent=1)
         path.write_text(text + "\n")
         (RESULTS / "coverage.md").write_text(markdown(classes))
 

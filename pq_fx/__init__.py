@@ -17,7 +17,7 @@ from pq_fx.inspection_report import Inspection
 from pq_fx.quantizer import Quantizer, prepare
 from pq_fx.regional import compile_blocks
 from pq_fx.report import Report
-from pq_fx.seen import allow_input
+from pq_fx.seen import allow_hooks, allow_input
 
 if TYPE_CHECKING:
     from pq_fx.integrations.diffusers import PermuQuantConfig
@@ -28,6 +28,7 @@ __all__ = [
     "QuantConfig",
     "Quantizer",
     "Report",
+    "allow_hooks",
     "allow_input",
     "compile_blocks",
     "dequantize",

@@ -19,6 +19,7 @@ from pq_fx import inductor
 from pq_fx.calibrate import ObservedGraph
 from pq_fx.config import QuantConfig
 from pq_fx.errors import ConfigError, UnsupportedDeviceError
+from pq_fx.hooks import refuse_wrapped_parts_around
 from pq_fx.kernels.ops import decompositions
 from pq_fx.modules import quantized_linears
 from pq_fx.passes import _torch, verify
@@ -26,7 +27,7 @@ from pq_fx.passes.lower import lower, quantized_operations
 from pq_fx.passes.retrace import retrace
 from pq_fx.pointwise import is_pointwise, linearize, restore
 from pq_fx.quantizer import Quantizer
-from pq_fx.seen import arguments_of, check_compiled, leaves, tensors_of
+from pq_fx.seen import arguments_of, check_compiled, given_to, tensors
 
 log = logging.getLogger("pq_fx")
 Compiled = Callable[..., Any]
@@ -44,7 +45,8 @@ def permuquant(
     """Compile one graph of a quantized model, or start quantizing a float one.
 
     `options` may hold any field of QuantConfig or `preset`, and `calibration_steps` (how many calls calibrate a float
-    model); all others, and `mode`, go to Inductor. Raises ConfigError for a float model without `calibration_steps`.
+    model); all others, and `mode`, go to Inductor. Raises ConfigError for a float model without `calibration_steps`,
+    CalibrationError for one with parts that hooks wrap.
     """
     settings, rest = _split(options or {})
     root = _torch.dynamo_root()
@@ -70,6 +72,7 @@ def permuquant(
             'its first calls calibrate it: torch.compile(model, backend="permuquant", options={"format": "int4", '
             '"calibration_steps": 28})'
         )
+    refuse_wrapped_parts_around(root)
     return _first_calls(root, settings).compile(gm, example_inputs)
 
 
@@ -167,8 +170,8 @@ class _FirstCalls:
         statistics = self.observer.statistics
         frame = arguments_of(self.model, _torch.dynamo_scope())
         if frame is not None:
-            statistics.inputs |= set(tensors_of(self.model, *frame))
-            self.observer.begin(t for _, t in leaves(frame))
+            statistics.inputs |= set(given_to(self.model, *frame))
+            self.observer.begin(tensors(frame))
         run = self.observer(gm, example_inputs)
         breaks = _torch.dynamo_piece()[1]
         if self.warm_up is None:

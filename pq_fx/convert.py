@@ -22,6 +22,7 @@ from pq_fx.budget import apply_budget
 from pq_fx.config import QuantConfig
 from pq_fx.edits import Edits, Scaled
 from pq_fx.errors import CalibrationError, DeviceMemoryError
+from pq_fx.hooks import carry_hooks
 from pq_fx.packing import Draft, Sample, clips, pack_point
 from pq_fx.passes.choose import RegionChoice, Settings, choose
 from pq_fx.passes.fold import axis_index, fold_tensors
@@ -247,6 +248,7 @@ def _commit(model: nn.Module, edits: Edits, draft: Draft) -> None:
         parent, _, child = fqn.rpartition(".")
         device = edits.tensors.pop(f"{fqn}.weight").device
         edits.tensors.pop(f"{fqn}.bias", None)
+        carry_hooks(model.get_submodule(fqn), module)
         setattr(model.get_submodule(parent), child, None)
         try:
             module.to(device)

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pq_fx.hooks import carry_hooks
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -61,6 +63,7 @@ def linearize(model: nn.Module, only: Collection[str] | None = None) -> dict[str
     for name, conv in found.items():
         if id(conv) not in made:
             made[id(conv)] = PointwiseConv(_linear(conv), type(conv))
+            carry_hooks(conv, made[id(conv)])
         _put(model, name, made[id(conv)])
     return found
 
@@ -72,6 +75,7 @@ def restore(model: nn.Module) -> None:
         if isinstance(module, PointwiseConv) and type(module.linear) is nn.Linear:
             if id(module) not in made:
                 made[id(module)] = _convolution(module.linear, module.kind)
+                carry_hooks(module, made[id(module)])
             _put(model, name, made[id(module)])
 
 

@@ -18,6 +18,7 @@ from pq_fx.config import QuantConfig
 from pq_fx.convert import convert, out_of_memory
 from pq_fx.distributed import all_reduce, own_seed
 from pq_fx.errors import CalibrationError, ConfigError
+from pq_fx.hooks import refuse_wrapped_parts
 from pq_fx.modules import quantized_linears
 from pq_fx.passes._torch import graph_breaks
 from pq_fx.pointwise import linearized
@@ -78,14 +79,16 @@ class Quantizer:
             progress: True draws, False is silent; None draws on a terminal and logs a line a call elsewhere.
 
         Raises:
-            CalibrationError: no call was made, the model is converted already, or the statistics that it starts from
-                belong to another model or keep another number of rows. At the end, where `autosave` cannot be written;
-                the statistics are kept, for `save_statistics` somewhere else or `convert`.
+            CalibrationError: no call was made, the model is converted already, hooks wrap parts of it (offloading),
+                or the statistics that it starts from belong to another model or keep another number of rows. At the
+                end, where `autosave` cannot be written; the statistics are kept, for `save_statistics` somewhere else
+                or `convert`.
         """
         if self._converted:
             raise CalibrationError(
                 "this model is converted already; calibration needs the float model"
             )
+        refuse_wrapped_parts(self.model)
         gathered = self._statistics
         gathered.check_rows(self.config.calibration_rows)
         before = getattr(self.model, "_compiled_call_impl", None)
@@ -159,8 +162,9 @@ class Quantizer:
     def convert(self, progress: Callable[[int, int], None] | None = None) -> Report:
         """Choose, fold and pack; the model is quantized in place and the report says what was done to each layer.
 
-        Raises CalibrationError when calibration is missing, not finite, or of another model, and DeviceMemoryError when
-        a GPU has too little memory beside the float model; the model is unchanged then.
+        Raises CalibrationError when calibration is missing, not finite, or of another model, or when hooks wrap parts
+        of this one, and DeviceMemoryError when a GPU has too little memory beside the float model; the model is
+        unchanged then.
         """
         if self._converted:
             raise CalibrationError("this model is converted already")
@@ -168,6 +172,7 @@ class Quantizer:
         unmatched = self.config.unmatched(names)
         if unmatched and names:
             raise ConfigError(f"these rules match no linear of the model: {', '.join(unmatched)}")
+        refuse_wrapped_parts(self.model)
         # What is packed now must be usable outside inference mode, too.
         with torch.inference_mode(False), linearized(self.model):
             self._statistics.check_model(self.model)

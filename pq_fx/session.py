@@ -17,7 +17,7 @@ from pq_fx.errors import CalibrationError
 from pq_fx.passes import observe
 from pq_fx.passes._torch import every_graph
 from pq_fx.progress import CalibrationProgress
-from pq_fx.seen import leaves, tensors_of
+from pq_fx.seen import given_to, tensors
 from pq_fx.statistics import ModelId, Statistics
 from pq_fx.statistics_file import save_statistics
 
@@ -125,7 +125,7 @@ class Session:
 
     def _attempt(self, before: Statistics, args: Any, kwargs: Any) -> tuple[Any, observe.Journal]:
         if self._watcher is not None:
-            self._watcher.begin(t for _, t in leaves((args, kwargs)))
+            self._watcher.begin(tensors((args, kwargs)))
         with observe.journal() as journal, every_graph():
             try:
                 result = self._compiled(*args, **kwargs)
@@ -135,7 +135,7 @@ class Session:
                     self.statistics.calls += 1
                     self.statistics.seeds |= {self._seed}
                     self.statistics.model = self._id
-                    self.statistics.inputs |= set(tensors_of(self.model, args, kwargs))
+                    self.statistics.inputs |= set(given_to(self.model, args, kwargs))
                     self.statistics.broken |= self.statistics.graphs - before.graphs > 1
             except BaseException:
                 self._undo(journal, before)

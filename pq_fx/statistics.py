@@ -80,7 +80,7 @@ class Statistics:
         graphs: graphs that were traced in this process.
         seeds: of the samples; statistics that share one cannot be merged.
         model: what it was gathered on; None until the first call.
-        inputs: names of the tensors that calls were given (seen.py); empty where that is not known.
+        inputs: names of the tensors and switches that calls were given (seen.py); empty where that is not known.
         broken: a call came in several graphs, with modules between them that no graph shows.
         note: anything plain that a caller wants to find again in the file, e.g. how far its prompts got.
     """

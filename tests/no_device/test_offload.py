@@ -19,7 +19,7 @@ from diffusers.models import modeling_utils
 from torch import nn
 
 import pq_fx
-from pq_fx.errors import CheckpointError, ConfigError
+from pq_fx.errors import CalibrationError, CheckpointError, ConfigError
 from pq_fx.integrations import loading
 from pq_fx.modules import quantized_linears
 
@@ -143,6 +143,48 @@ def test_first_calls_behind_a_hook_are_refused(kind: str) -> None:
         compiled(**pipelines.flux_inputs())
     assert isinstance(getattr(raised.value, "inner_exception", raised.value), ConfigError)
     assert not quantized_linears(model)
+
+
+PARTS = {
+    "group offload by blocks": lambda m: m.enable_group_offload(
+        CPU, CPU, "block_level", num_blocks_per_group=1
+    ),
+    "group offload by leaves": lambda m: m.enable_group_offload(CPU, CPU, "leaf_level"),
+    "sequential offload": lambda m: accelerate.cpu_offload(m, CPU),
+    "device map": lambda m: accelerate.dispatch_model(
+        m,
+        {n: "cpu" for n, _ in [*m.named_children(), *m.named_parameters(recurse=False)]},
+        main_device="cpu",
+        force_hooks=True,
+    ),
+    "casting": lambda m: m.enable_layerwise_casting(torch.float32, torch.float32),
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_hooks_around_parts_are_refused_while_quantizing(kind: str) -> None:
+    """The graph would break inside: embedders in 4 bits, linears that no graph shows (tried; 6 to 48 layers differ)."""
+    model = pipelines.make("flux").transformer
+    quantizer = pq_fx.prepare(model, pipelines.CONFIG)
+    with torch.no_grad(), quantizer.calibrate(progress=False):
+        model(**pipelines.flux_inputs())
+    PARTS[kind](model)
+    modules = dict(model.named_modules())
+    with pytest.raises(CalibrationError, match="offload afterwards"):
+        quantizer.convert()
+    with (
+        pytest.raises(CalibrationError, match=r"wrap \d+ parts of Flux.*offload afterwards"),
+        pq_fx.prepare(model, pipelines.CONFIG).calibrate(progress=False),
+    ):
+        raise AssertionError("not reached")
+    options = {"format": "int4", "group_size": 16, "calibration_steps": 1}
+    torch.compiler.reset()
+    with torch.no_grad(), pytest.raises(Exception, match="hook.* wrap") as raised:
+        torch.compile(model, backend="permuquant", options=options)(**pipelines.flux_inputs())
+    error = getattr(raised.value, "inner_exception", raised.value)
+    assert isinstance(error, (CalibrationError, ConfigError))
+    assert dict(model.named_modules()) == modules and not quantized_linears(model)
+    assert model._compiled_call_impl is None
 
 
 def test_a_quantized_model_in_parts_compiles() -> None:

@@ -19,6 +19,7 @@ SETTINGS = {
     "format": "int4", "group_size": 16, "weight_only_format": "int4:16:bf16", "calibration_rows": 64,
 }  # fmt: skip
 SAMPLES = "controlnet_block_samples"
+SWITCH = "controlnet_blocks_repeat=False"  # FLUX's only one, by default
 
 
 def quantized(model: nn.Module, *calls: dict, **changes: object) -> nn.Module:
@@ -91,7 +92,7 @@ def test_first_calls_record_their_inputs() -> None:
     run = torch.compile(model, backend="permuquant", options=options)
     run(**inputs)
     run(**inputs)
-    assert attached(model)[0] == set(inputs)
+    assert attached(model)[0] == {*inputs, SWITCH}
     with pytest.raises(Exception, match=SAMPLES):
         run(**controlled)
 
@@ -115,7 +116,7 @@ def test_files_keep_what_was_seen(tmp_path: Path) -> None:
 
 
 class Branch(nn.Module):
-    """A side branch that reads the middle of an MLP, when it is asked for."""
+    """A side branch that reads the middle of an MLP, when it is asked for, and a half that counts twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,9 +124,15 @@ class Branch(nn.Module):
         self.side = nn.Linear(64, 32)
 
     def forward(
-        self, x: torch.Tensor, side: bool = False, mask: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        side: bool = False,
+        mask: torch.Tensor | None = None,
+        **options: bool,
     ) -> torch.Tensor:
         h = self.up(self.norm(x)).relu()
+        if options.get("first_half_twice"):  # no parameters of its own
+            h = torch.cat([2 * h[..., :32], h[..., 32:]], -1)
         y = x + self.down(h)
         if mask is not None:
             y = y * mask
@@ -139,10 +146,13 @@ def test_a_branch_that_no_call_took(compiled: bool) -> None:
     model, x = Branch().eval(), torch.randn(40, 32)
     model.up.weight *= torch.logspace(-1, 1, 64)[torch.randperm(64), None]  # so that an order pays
     quantized(model, {"x": x}, method="permuquant")
-    assert attached(model) == (frozenset({"x"}), ("side",))
+    assert attached(model) == (frozenset({"x", "side=False"}), ("side",))
     run = torch.compile(model, backend="permuquant") if compiled else model
     run(x)
     run(x, mask=torch.ones(40, 1, dtype=torch.bool))  # carries no channels
+    with pytest.raises(Exception, match="called with side=True"):
+        run(x, side=True)
+    pq_fx.allow_input(run, "side=True")
     with pytest.raises(UnseenError, match=r"side \(Linear\) runs"):
         run(x, side=True)
     with pytest.raises(Exception, match="mask"):
@@ -159,3 +169,96 @@ def test_a_branch_that_some_call_took() -> None:
     quantized(model, {"x": x}, {"x": x, "side": True})
     assert attached(model)[1] == ()
     assert relative(model(x, side=True), want) < 0.15
+
+
+def branch() -> tuple[Branch, torch.Tensor]:
+    torch.manual_seed(0)
+    model, x = Branch().eval(), torch.randn(40, 32)
+    with torch.no_grad():
+        model.up.weight *= torch.logspace(-1, 1, 64)[torch.randperm(64), None]
+    return model, x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_switch_that_no_call_had(compiled: bool) -> None:
+    model, x = branch()
+    want = model(x, first_half_twice=True)
+    quantized(model, {"x": x}, method="permuquant")
+    run = torch.compile(model, backend="permuquant") if compiled else model
+    run(x)
+    run(x, first_half_twice=False)  # as good as not given
+    with pytest.raises(Exception, match=r"first_half_twice=True, which no call") as error:
+        run(x, first_half_twice=True)
+    assert isinstance(getattr(error.value, "inner_exception", error.value), UnseenError)
+    # Without the refusal other channels count twice, and nothing says so.
+    pq_fx.allow_input(model, "first_half_twice=True")
+    rounding = relative(model(x), branch()[0](x))
+    assert relative(model(x, first_half_twice=True), want) > 3 * rounding
+
+
+@torch.no_grad()
+def test_a_switch_that_some_call_had() -> None:
+    model, x = branch()
+    want, plain = model(x, first_half_twice=True), model(x)
+    quantized(model, {"x": x}, {"x": x, "first_half_twice": True}, method="permuquant")
+    assert relative(model(x, first_half_twice=True), want) < 0.15
+    assert relative(model(x), plain) < 0.15
+
+
+@torch.no_grad()
+def test_hidden_states_that_calibration_did_not_return() -> None:
+    """They are in the folded order. What only chooses the class of the result is no switch."""
+    model, inputs = MODELS["bert"].tiny()
+    quantized(model, inputs)
+    model(**inputs, return_dict=False)
+    with pytest.raises(UnseenError, match="output_hidden_states=True"):
+        model(**inputs, output_hidden_states=True)
+
+
+def add(value: torch.Tensor) -> Callable:
+    return lambda module, args, output: output + value
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_hook_that_came_later(compiled: bool) -> None:
+    model, x = branch()
+    quantized(model, {"x": x}, method="permuquant")
+    want, handle = model(x), model.up.register_forward_hook(add(torch.linspace(-9, 9, 64)))
+    run = torch.compile(model, backend="permuquant") if compiled else model
+    with pytest.raises(Exception, match=r"up has a forward hook \(add\.<locals>") as error:
+        run(x)
+    assert isinstance(getattr(error.value, "inner_exception", error.value), UnseenError)
+    copied = copy.deepcopy(model)
+    pq_fx.allow_hooks(copied)
+    assert relative(copied(x), want) > 0.1
+    handle.remove()
+    assert torch.allclose(run(x), want, atol=1e-5)
+    model.register_forward_hook(add(torch.ones(32)))  # outside, in the model's own order
+    assert torch.allclose(model(x), want + 1)
+
+
+@torch.no_grad()
+def test_a_hook_that_calibration_saw_stays_on_what_is_replaced(tmp_path: Path) -> None:
+    model, x = branch()
+    handle = model.up.register_forward_hook(add(torch.linspace(-9, 9, 64)))
+    want = model(x)
+    quantized(model, {"x": x}, method="permuquant")
+    assert type(model.up).__name__ == "QuantLinear"
+    assert relative(model(x), want) < 0.15
+    assert relative(copy.deepcopy(model)(x), want) < 0.15
+    handle.remove()
+    assert relative(model(x), want) > 0.5
+
+
+@torch.no_grad()
+def test_hooks_of_convolutions_that_are_linears() -> None:
+    """SANA's 1x1 convolutions are replaced while calibrating and by packed linears afterwards."""
+    model, inputs = MODELS["sana"].tiny()
+    conv, called = model.transformer_blocks[0].ff.conv_inverted, []
+    conv.register_forward_hook(lambda module, args, output: called.append(output.shape))
+    quantized(model, inputs)
+    before = len(called)
+    model(**inputs)
+    assert before > 0 and len(called) == before + 1
