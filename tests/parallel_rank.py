@@ -17,7 +17,7 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig, DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import save_file
 
-import pq_fx  # noqa: F401 - teaches diffusers the format
+import pq_fx  # teaches diffusers the format
 
 how, folder, kind = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 backend = {"cpu": "gloo", "cuda": "nccl"}[kind]
@@ -53,6 +53,7 @@ def velocity() -> torch.Tensor:
     model.transformer_blocks[0].register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
     )
+    pq_fx.allow_hooks(model)
     model.enable_parallelism(config=config)
     inputs = {name: value.to(device) for name, value in pipelines.flux_inputs(text=8).items()}
     (result,) = model(**inputs, return_dict=False)

@@ -7,45 +7,24 @@ float model's. Classes that do not trace as one graph (Lumina2, HiDream) are don
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections import Counter
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from models import MODELS
+from random_folds import as_double, fold_at_random
+from thresholds import folded_error
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pq_fx.errors import GraphError
 from pq_fx.passes import (
     _torch,
-    find_regions,
-    fold_tensors,
-    parameter_inputs,
     retrace,
-    verify_folds,
 )
 from pq_fx.passes.replay import Retracer
-
-
-def output(result: object) -> torch.Tensor:
-    while isinstance(result, (tuple, list)):
-        result = result[0]
-    for name in ("sample", "logits", "last_hidden_state"):
-        if hasattr(result, name):
-            return output(getattr(result, name))
-    assert isinstance(result, torch.Tensor)
-    return result
-
-
-def as_double(kwargs: dict) -> dict:
-    return torch.utils._pytree.tree_map_only(
-        torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, kwargs
-    )
-
 
 # class: graphs, regions, regions that fold, linears by treatment (quantize, weight_only, leave, impossible)
 EXPECTED = {
@@ -70,54 +49,20 @@ EXPECTED = {
     "lumina": (4, 25, 9, 28, 0, 9, 0),
     "hidream": (21, 28, 9, 34, 0, 6, 0),
 }
-# These compute norms, modulation or linear attention in fp32 whatever the model's dtype, so that a sum over permuted
-# channels differs by fp32 rounding; all else is exact to fp64.
-BOUND = dict.fromkeys(("sana", "zimage", "llama", "wan", "ltx", "aura", "lumina"), 1e-6)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_random_folds_change_nothing(name: str) -> None:
     model, kwargs = MODELS[name].tiny()
     model, kwargs = model.double(), as_double(kwargs)
-    seen = []
-
-    def backend(gm: torch.fx.GraphModule, _: object) -> Callable:
-        traced = retrace(gm)
-        params = parameter_inputs(traced)
-        seen.append((traced, params, find_regions(traced, params)))
-        return traced.forward
-
-    with torch.no_grad():
-        want = output(model(**kwargs))
-        assert torch.equal(output(torch.compile(model, backend=backend)(**kwargs)), want)
-    names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    folded = copy.deepcopy(model)
-    tensors = dict(folded.named_parameters()) | dict(folded.named_buffers())
-    rng = np.random.default_rng(0)
-    treatments: Counter = Counter()
-    folds = 0
-    for gm, params, found in seen:
-        perms = {}
-        for region in found.regions:
-            if region.foldable:
-                perms[region.name] = perm = np.arange(region.blocks.size)
-                for block in np.unique(region.blocks[region.blocks >= 0]):
-                    where = np.flatnonzero(region.blocks == block)
-                    perm[where] = rng.permutation(where)
-        verify_folds(gm, params, found.regions, perms)
-        folds += len(perms)
-        treatments.update(linear.treatment for linear in found.linears.values())
-        for region in found.regions:
-            if region.name in perms:
-                own = {a.param: tensors[names[id(params[a.param])]] for a in region.axes}
-                for (param, axis), index in fold_tensors(region, perms[region.name], own).items():
-                    own[param].data = own[param].data.index_select(axis, index)
-    with torch.no_grad():
-        got = output(folded(**kwargs))
-    assert ((got - want).norm() / want.norm()).item() < BOUND.get(name, 1e-12)
-    regions = sum(len(found.regions) for _, _, found in seen)
+    error, graphs = fold_at_random(model, kwargs)
+    found = [each for each, _ in graphs]
+    assert error < folded_error(name)
+    treatments = Counter(linear.treatment for each in found for linear in each.linears.values())
+    regions = [region for each in found for region in each.regions]
     order = ("quantize", "weight_only", "leave", "impossible")
-    assert (len(seen), regions, folds, *(treatments[t] for t in order)) == EXPECTED[name]
+    counts = (len(found), len(regions), sum(r.foldable for r in regions))
+    assert (*counts, *(treatments[t] for t in order)) == EXPECTED[name]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
