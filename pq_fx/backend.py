@@ -19,7 +19,7 @@ from pq_fx import inductor
 from pq_fx.calibrate import ObservedGraph
 from pq_fx.config import QuantConfig
 from pq_fx.errors import ConfigError, UnsupportedDeviceError
-from pq_fx.hooks import refuse_wrapped_parts_around
+from pq_fx.hooks import callers, refuse_wrapped_parts
 from pq_fx.kernels.ops import decompositions
 from pq_fx.modules import quantized_linears
 from pq_fx.passes import _torch, verify
@@ -72,7 +72,8 @@ def permuquant(
             'its first calls calibrate it: torch.compile(model, backend="permuquant", options={"format": "int4", '
             '"calibration_steps": 28})'
         )
-    refuse_wrapped_parts_around(root)
+    for model in callers(root):
+        refuse_wrapped_parts(model)
     return _first_calls(root, settings).compile(gm, example_inputs)
 
 
@@ -139,10 +140,13 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _is_quantized(gm: fx.GraphModule, root: nn.Module | None) -> bool:
-    """A graph piece without linears still belongs to a quantized model, so the root module decides."""
+    """A graph piece without quantized linears may still belong to a quantized model, so the root module decides.
+
+    After a break it may be a submodule that was left in 16 bits (HiDream's embedders); then those that call it do.
+    """
     if any(str(n.target).startswith("pq.") for n in gm.graph.nodes if n.op == "call_function"):
         return True
-    return root is not None and bool(quantized_linears(root))
+    return root is not None and any(quantized_linears(model) for model in callers(root))
 
 
 class _FirstCalls:

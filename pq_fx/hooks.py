@@ -58,17 +58,18 @@ def refuse_wrapped_parts(model: nn.Module) -> None:
         )
 
 
-def refuse_wrapped_parts_around(part: nn.Module) -> None:
-    """`refuse_wrapped_parts` of `part` and of the modules that are calling it just now, of which it is a part.
+def callers(part: nn.Module) -> Iterator[nn.Module]:
+    """The modules that are calling `part` just now, of which it is a part, and itself.
 
-    Where hooks break the graph, Dynamo may hand over a submodule as if it were a model.
+    Where a graph breaks, Dynamo may hand over a submodule as if it were a model.
     """
-    refuse_wrapped_parts(part)
+    yield part
     frame = sys._getframe()
     while frame := frame.f_back:  # type: ignore[assignment]
-        for value in frame.f_locals.values():
+        for name in ("self", "module"):  # of methods, and of the wrappers that hooks make
+            value = frame.f_locals.get(name)
             if isinstance(value, nn.Module) and any(m is part for m in value.modules()):
-                refuse_wrapped_parts(value)
+                yield value
 
 
 def _is_wrapped(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 import pq_fx
 from pq_fx.errors import CalibrationError, ConfigError
 from pq_fx.modules import quantized_linears
+from pq_fx.passes import _torch
 from pq_fx.passes.lower import quantized_operations
 
 Flux = Callable[..., tuple[nn.Module, dict]]
@@ -308,3 +309,46 @@ def test_a_layer_that_groups_do_not_divide_takes_a_smaller_one(method: str) -> N
     assert taken == foretold
     with torch.no_grad():
         assert float((model(x, t) - wanted).norm() / wanted.norm()) < 0.2
+
+
+class Part(nn.Module):
+    """A module whose code Dynamo compiles by itself when the one that calls it is not traced."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class Parts(nn.Module):
+    """Two parts, called out of the tracer's sight (HiDream's embedders are such parts)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = Part(nn.Linear(32, 64), nn.LayerNorm(64))
+        self.mlp = Part(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.LayerNorm(64))
+
+    @torch._dynamo.disable(recursive=False)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.embed(x))
+
+
+def test_a_part_that_was_left_in_float_compiles_within_its_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model, x = Parts().eval(), torch.randn(40, 32)
+    config = {"format": "int4", "group_size": 16, "rules": {"re:embed.*": None}}
+    with torch.no_grad():
+        quantizer = pq_fx.prepare(model, config)
+        with quantizer.calibrate():
+            model(x)
+        quantizer.convert()
+        want = model(x)
+        monkeypatch.setattr(_torch, "compile_fx", lambda gm, *args, **kwargs: gm.forward)
+        assert torch.allclose(torch.compile(model, backend="permuquant")(x), want, atol=1e-5)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="this model is not quantized"):  # without the rest
+            torch.compile(model.embed, backend="permuquant")(x)
