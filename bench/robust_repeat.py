@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from robust_model import calibrated, float_model
 
 import pq_fx
@@ -43,7 +45,7 @@ def run_repeat(work: Path) -> dict[str, Any]:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         env = os.environ | {"PYTHONHASHSEED": str(len(name) + seed + ord(name))}
         command = [sys.executable, __file__, str(work / name), str(seed)]
-        subprocess.run(command, env=env, check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(command, env=env, check=True)
     files = [f.relative_to(work / "a") for f in sorted((work / "a").rglob("*")) if f.is_file()]
     compared = [f for f in files if f.name != REPORT]
     wrong = [str(f) for f in compared if sha256(work / "a" / f) != sha256(work / "b" / f)]
