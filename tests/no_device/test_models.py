@@ -46,8 +46,8 @@ EXPECTED = {
     "chroma": (1, 11, 9, 25, 0, 4, 0),
     "hunyuan": (1, 20, 14, 23, 5, 12, 0),
     # The one that is left more is norm_out.linear_2: the final projection, whose output is cut and stacked.
-    "lumina": (4, 25, 9, 28, 0, 9, 0),
-    "hidream": (21, 28, 9, 34, 0, 6, 0),
+    "lumina": (2, 25, 9, 28, 0, 9, 0),
+    "hidream": (15, 28, 9, 34, 0, 6, 0),
 }
 
 
@@ -61,7 +61,9 @@ def test_random_folds_change_nothing(name: str) -> None:
     treatments = Counter(linear.treatment for each in found for linear in each.linears.values())
     regions = [region for each in found for region in each.regions]
     order = ("quantize", "weight_only", "leave", "impossible")
-    counts = (len(found), len(regions), sum(r.foldable for r in regions))
+    # Graphs without linears differ between versions of torch.
+    with_linears = sum(bool(each.linears) for each in found)
+    counts = (with_linears, len(regions), sum(r.foldable for r in regions))
     assert (*counts, *(treatments[t] for t in order)) == EXPECTED[name]
 
 
