@@ -191,7 +191,7 @@ def from_config(
     """
     recorded = config.get("seen", {"inputs": (), "modules": ()})
     try:
-        inputs, modules = ([str(n) for n in recorded[key]] for key in ("inputs", "modules"))
+        inputs, modules = names_in(recorded["inputs"]), names_in(recorded["modules"])
         for name in modules:
             model.get_submodule(name)
     except (TypeError, KeyError, AttributeError) as error:
@@ -200,6 +200,13 @@ def from_config(
             "damaged, or of another architecture"
         ) from error
     return frozenset(inputs), tuple(modules)
+
+
+def names_in(recorded: Any) -> list[str]:
+    """A list of names as JSON has it, or TypeError."""
+    if not isinstance(recorded, (list, tuple)) or not all(isinstance(n, str) for n in recorded):
+        raise TypeError(f"{str(recorded)[:80]} is no list of names")
+    return list(recorded)
 
 
 def allow_input(model: nn.Module, name: str) -> None:

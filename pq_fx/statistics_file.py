@@ -31,6 +31,7 @@ from pq_fx.passes.moments import FIELDS, Moments
 from pq_fx.passes.regions import FoldAxis, Point, Region
 from pq_fx.passes.scales import Absorber
 from pq_fx.plan import GraphFacts, LinearFact, Plan
+from pq_fx.seen import names_in
 from pq_fx.statistics import ModelId, Statistics
 from pq_fx.statistics_check import check_restored
 from pq_fx.storage import atomic_file, writing
@@ -156,7 +157,7 @@ def restore(header: dict[str, Any], arrays: list[np.ndarray]) -> Statistics:
         calls=int(header["calls"]),
         seeds=frozenset(int(s) for s in header["seeds"]),
         model=None if model is None else ModelId(*model),
-        inputs=frozenset(header["inputs"]),
+        inputs=frozenset(names_in(header["inputs"])),
         broken=bool(header["broken"]),
         note=dict(header["note"]),
     )

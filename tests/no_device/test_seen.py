@@ -113,6 +113,8 @@ def test_files_keep_what_was_seen(tmp_path: Path) -> None:
     loaded(**controlled)
     with pytest.raises(CheckpointError, match="calibration saw"):
         from_config(model, {"seen": {"inputs": ["x"], "modules": ["no.such.module"]}})
+    with pytest.raises(CheckpointError, match=r"\[\[\[\]\]\] is no list of names"):
+        from_config(model, {"seen": {"inputs": [[[]]], "modules": []}})
 
 
 class Branch(nn.Module):
