@@ -1,6 +1,7 @@
 """Nothing wrong, nothing lost: damage, faults and repetition, counted.
 
     python bench/robustness.py mutations --count 1000 --out bench/results/robustness.json
+    python bench/robustness.py tests --out bench/results/robustness.json
     python bench/robustness.py repeat --out bench/results/robustness.json
     python bench/robustness.py faults --kills 50 --out bench/results/robustness.json
 
@@ -24,6 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from robust_faults import run_faults
 from robust_mutations import run_mutations
 from robust_repeat import run_repeat
+from robust_tests import run_tests
 
 
 def versions() -> dict[str, str]:
@@ -41,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["mutations", "faults", "repeat"])
+    parser.add_argument("part", choices=["mutations", "faults", "repeat", "tests"])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -52,6 +54,8 @@ def main() -> None:
             result = run_mutations(args.count, args.seed, Path(work))
         elif args.part == "repeat":
             result = run_repeat(Path(work))
+        elif args.part == "tests":
+            result = run_tests()
         else:
             result = run_faults(args.kills, args.seed, Path(work))
     print(json.dumps({k: v for k, v in result.items() if k not in ("by_kind", "found")}, indent=1))
