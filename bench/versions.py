@@ -29,8 +29,6 @@ COMBINATIONS = (
     "torch=2.12.1",
     "triton=3.7.1",
     "triton=3.9.0",
-    "diffusers=0.36.0",
-    "diffusers=0.39.0",
     "diffusers=0.41.0",
 )
 # Tests of what each package touches: our use of torch's insides, Triton's compiler and interpreter, diffusers' classes.

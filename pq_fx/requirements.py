@@ -16,7 +16,7 @@ from pq_fx.errors import UnsupportedVersionError
 SUPPORTED: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
     "torch": ((2, 11), (2, 14)),
     "triton": ((3, 6), None),
-    "diffusers": ((0, 36), None),
+    "diffusers": ((0, 41), None),
 }
 
 

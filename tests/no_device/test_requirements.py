@@ -45,7 +45,7 @@ def test_an_unsupported_version(name: str, version: str) -> None:
 
 def test_supported_and_absent_ones() -> None:
     check(installed())
-    check(installed(torch="2.11.0+cu130", triton="3.9.0", diffusers="0.36.0"))
+    check(installed(torch="2.11.0+cu130", triton="3.9.0", diffusers="0.41.0"))
     check(installed(torch="2.13.1a0+git1234", diffusers="0.42.0.dev0"))
     check()
 
