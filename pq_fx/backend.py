@@ -54,10 +54,10 @@ def permuquant(
     check_compiled(root, _torch.dynamo_scope())
     if _is_quantized(gm, root):
         return compile_quantized(gm, example_inputs, mode=mode, options=rest)
-    running = _running(root)
+    wrapped = _torch.dynamo_wrapped()
+    running = _running(wrapped if root is None else root)
     if running is not None:
         return running.compile(gm, example_inputs)
-    wrapped = _torch.dynamo_wrapped()
     if STEPS in settings and wrapped is not None and wrapped not in _converted:
         raise ConfigError(
             f"a hook wraps the forward of {type(wrapped).__name__} (offloading, a device map), and first calls cannot "

@@ -187,6 +187,21 @@ def test_hooks_around_parts_are_refused_while_quantizing(kind: str) -> None:
     assert model._compiled_call_impl is None
 
 
+@pytest.mark.parametrize("kind", ["model offload", "device map"])
+def test_a_model_behind_a_hook_is_not_taken_for_another_whose_first_calls_go_on(kind: str) -> None:
+    options = {"format": "int4", "group_size": 16, "calibration_steps": 5}
+    other = pipelines.make("flux").transformer
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(other, backend="permuquant", options=options)(**pipelines.flux_inputs())
+    model = hooked(pipelines.make("flux").transformer, kind)
+    compiled = torch.compile(model, backend="permuquant", options=options)
+    with torch.no_grad(), pytest.raises(Exception, match="take the hooks off"):
+        compiled(**pipelines.flux_inputs())
+    assert not quantized_linears(model)
+    assert not quantized_linears(other)
+
+
 def test_a_quantized_model_in_parts_compiles() -> None:
     """Hooks on each part: graphs behind them hold linears that were left in 16 bits, and are no float models."""
     model = pipelines.quantized("flux").transformer
