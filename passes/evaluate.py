@@ -220,8 +220,13 @@ def _turned(x: Tensor, perm: Tensor | None, rotation: int) -> Tensor:
     """`permute_rotate` to within rounding: on a GPU one product with the Hadamard matrix instead of 28 launches."""
     if rotation == 0 or x.device.type == "cpu":
         return permute_rotate(x, perm, rotation)
+    return rotate_by_product(permute_rotate(x, perm, 0), rotation)
+
+
+def rotate_by_product(x: Tensor, rotation: int) -> Tensor:
+    """`rotate` of x [..., channels] in blocks of `rotation` channels, as a product of fp32 matrices."""
     matrix = rotate(torch.eye(rotation, device=x.device), rotation)
-    return (permute_rotate(x, perm, 0).view(-1, rotation) @ matrix).view(x.shape)
+    return (x.reshape(-1, rotation) @ matrix).reshape(x.shape)
 
 
 def _scale(amax: Tensor, fmt: Format) -> Tensor | None:

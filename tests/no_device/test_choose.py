@@ -8,8 +8,10 @@ import torch
 
 from pq_fx.errors import CalibrationError, GraphError
 from pq_fx.kernels.formats import Format, get_format
+from pq_fx.kernels.reference import rotate
 from pq_fx.passes.candidates import regroups, rotation_size
 from pq_fx.passes.choose import RegionChoice, Settings, choose
+from pq_fx.passes.evaluate import rotate_by_product
 from pq_fx.passes.fold import axis_index, fold_tensors
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.observe import observe
@@ -390,3 +392,14 @@ def test_linears_of_one_region_are_measured_in_their_own_formats() -> None:
         lost = y - qx @ int_quantize(weight[:, order], group, 7).T
         wanted = (lost**2).sum() / (y**2).sum()
         assert choice.errors[name].after == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("rotation", [16, 32, 64])
+def test_a_rotation_as_one_product_is_the_rotation(rotation: int) -> None:
+    """What conversion computes on a GPU; rows of a strided view too."""
+    torch.manual_seed(rotation)
+    wide = torch.randn(7, 2, 3 * rotation)
+    for x in (wide[:, 0], wide.transpose(0, 1)):
+        got = rotate_by_product(x, rotation)
+        torch.testing.assert_close(got, rotate(x, rotation), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(got, rotate(x.flip(-1), rotation), atol=1e-2)
