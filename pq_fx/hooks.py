@@ -38,11 +38,28 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
 
 def forward_hooks(model: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
     """PyTorch's hooks around the forwards of a model's submodules, with the submodule's name."""
+    if not _any_hooked(
+        model
+    ):  # as a rule; every call of a converted model asks, and names cost more than the walk
+        return
     for name, module in model.named_modules():
         if name and (module._forward_hooks or module._forward_pre_hooks):
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
                 if getattr(hook, "__module__", "").split(".")[0] not in _LIBRARIES:
                     yield name, hook
+
+
+def _any_hooked(model: nn.Module) -> bool:
+    parts = {id(model): model}  # parts may be shared, or hold what holds them
+    todo = [model]
+    while todo:
+        for part in todo.pop()._modules.values():
+            if part is not None and id(part) not in parts:
+                if part._forward_hooks or part._forward_pre_hooks:
+                    return True
+                parts[id(part)] = part
+                todo.append(part)
+    return False
 
 
 def refuse_wrapped_parts(model: nn.Module) -> None:
