@@ -17,23 +17,16 @@ from diffusers import DiffusionPipeline  # noqa: E402
 from pq_fx.modules import quantized_linears  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("flux")
-    pipelines.quantized("flux").save_pretrained(path)
-    return path
-
-
 @pytest.fixture
-def pipe(folder: Path) -> Any:
-    loaded = DiffusionPipeline.from_pretrained(folder)
+def pipe(flux_folder: Path) -> Any:
+    loaded = DiffusionPipeline.from_pretrained(flux_folder)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
 
 @pytest.fixture(scope="module")
-def want(folder: Path) -> Any:
-    loaded = DiffusionPipeline.from_pretrained(folder).to("cuda")
+def want(flux_folder: Path) -> Any:
+    loaded = DiffusionPipeline.from_pretrained(flux_folder).to("cuda")
     return pipelines.draw(loaded)
 
 
@@ -64,16 +57,16 @@ def test_group_offload(pipe: Any, want: Any, kind: str, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["single_transformer_blocks", "transformer_blocks"])
-def test_a_device_map_over_two_devices(folder: Path, pipe: Any, want: Any, name: str) -> None:
+def test_a_device_map_over_two_devices(flux_folder: Path, pipe: Any, want: Any, name: str) -> None:
     kind = type(pipe.transformer)
     parts = {n: "cpu" if n == name else 0 for n, _ in pipe.transformer.named_children()}
     pipe.to("cuda")
-    pipe.transformer = kind.from_pretrained(folder, subfolder="transformer", device_map=parts)
+    pipe.transformer = kind.from_pretrained(flux_folder, subfolder="transformer", device_map=parts)
     assert "cuda" in places(pipe.transformer)
     assert abs(pipelines.draw(pipe) - want).max() < 1e-3
 
 
-def test_a_pipeline_loads_onto_the_gpu(folder: Path, want: Any) -> None:
-    loaded = DiffusionPipeline.from_pretrained(folder, device_map="cuda")
+def test_a_pipeline_loads_onto_the_gpu(flux_folder: Path, want: Any) -> None:
+    loaded = DiffusionPipeline.from_pretrained(flux_folder, device_map="cuda")
     assert places(loaded.transformer) == {"cuda"}
     assert abs(pipelines.draw(loaded) - want).max() < 1e-3

@@ -15,16 +15,9 @@ import torchrun  # noqa: E402
 from diffusers import DiffusionPipeline, FluxTransformer2DModel  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("flux")
-    pipelines.quantized("flux").save_pretrained(path)
-    return path
-
-
-def test_data_parallel_launch_draws_the_same_pictures(folder: Path) -> None:
-    pipe = pipelines.aligned(DiffusionPipeline.from_pretrained(folder).to("cuda"))
-    got = torchrun.made(folder, "data", "cuda")
+def test_data_parallel_launch_draws_the_same_pictures(flux_folder: Path) -> None:
+    pipe = pipelines.aligned(DiffusionPipeline.from_pretrained(flux_folder).to("cuda"))
+    got = torchrun.made(flux_folder, "data", "cuda")
     for number, prompt in enumerate(pipelines.PROMPTS):
         want = torch.from_numpy(pipelines.call(pipe, prompt, seed=number)[0])
         assert (got[number] - want).abs().max() < 1e-3
@@ -32,9 +25,9 @@ def test_data_parallel_launch_draws_the_same_pictures(folder: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["ulysses", "ring"])
-def test_context_parallel_is_one_process(folder: Path, how: str) -> None:
-    model = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer").to("cuda")
+def test_context_parallel_is_one_process(flux_folder: Path, how: str) -> None:
+    model = FluxTransformer2DModel.from_pretrained(flux_folder, subfolder="transformer").to("cuda")
     inputs = {name: value.cuda() for name, value in pipelines.flux_inputs(text=8).items()}
     want = model(**inputs).sample.cpu()
-    got = torchrun.made(folder, how, "cuda")
+    got = torchrun.made(flux_folder, how, "cuda")
     assert (got - want).norm() / want.norm() < 1e-3

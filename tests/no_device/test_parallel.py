@@ -9,40 +9,32 @@ from __future__ import annotations
 from pathlib import Path
 
 import pipelines
-import pytest
 import torch
 import torchrun
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("flux")
-    pipelines.quantized("flux").save_pretrained(path)
-    return path
-
-
-def test_data_parallel_launch_draws_the_same_pictures(folder: Path) -> None:
-    pipe = pipelines.aligned(DiffusionPipeline.from_pretrained(folder))
-    got = torchrun.made(folder, "data")
+def test_data_parallel_launch_draws_the_same_pictures(flux_folder: Path) -> None:
+    pipe = pipelines.aligned(DiffusionPipeline.from_pretrained(flux_folder))
+    got = torchrun.made(flux_folder, "data")
     for number, prompt in enumerate(pipelines.PROMPTS):
         want = pipelines.call(pipe, prompt, seed=number)[0]
         assert torch.equal(got[number], torch.from_numpy(want))
 
 
 @torch.no_grad()
-def test_context_parallel_is_one_process(folder: Path) -> None:
+def test_context_parallel_is_one_process(flux_folder: Path) -> None:
     """Ulysses: each process has half of the tokens, and in attention half of the heads."""
-    model = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    model = FluxTransformer2DModel.from_pretrained(flux_folder, subfolder="transformer")
     want = model(**pipelines.flux_inputs(text=8)).sample
-    got = torchrun.made(folder, "ulysses")
+    got = torchrun.made(flux_folder, "ulysses")
     # Rows are quantized one by one, so only BLAS's sums over other numbers of rows differ; here and there an element
     # is rounded to its neighbour in 4 bits then.
     assert (got - want).norm() / want.norm() < 1e-3
 
 
-def test_ring_attention_needs_a_gpu(folder: Path) -> None:
+def test_ring_attention_needs_a_gpu(flux_folder: Path) -> None:
     """On the CPU there is no attention that gives the log-sum-exp which the ring adds up; diffusers says so."""
-    done = torchrun.start(folder, "ring")
+    done = torchrun.start(flux_folder, "ring")
     assert done.returncode != 0
     assert "return_lse" in done.stderr or "lse" in done.stderr.lower(), done.stderr[-3000:]
