@@ -2,7 +2,9 @@
 
 FOLDER holds a quantized FLUX pipeline. The first process writes FOLDER/HOW.safetensors: "data" draws a picture of each
 prompt, each process every second one; the others run the transformer once, its tokens spread over the processes.
-DEVICE: cpu (gloo between the processes) or cuda (NCCL, a GPU for each).
+DEVICE: cpu (gloo between the processes) or cuda (NCCL, a GPU for each). A ring needs attention that gives the
+log-sum-exp: on a GPU diffusers calls PyTorch's flash attention, which computes in 16 bits; "ring-cpu" puts the CPU's
+own in its place, which diffusers has no name for.
 """
 
 from __future__ import annotations
@@ -15,15 +17,34 @@ import pipelines
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig, DiffusionPipeline, FluxTransformer2DModel
+from diffusers.models import attention_dispatch
 from safetensors.torch import save_file
 
 import pq_fx  # teaches diffusers the format
 
 how, folder, kind = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+way = how.removesuffix("-cpu")
+dtype = torch.bfloat16 if (way, kind) == ("ring", "cuda") else torch.float32
 backend = {"cpu": "gloo", "cuda": "nccl"}[kind]
 dist.init_process_group(backend, timeout=timedelta(seconds=240))
 rank, world = dist.get_rank(), dist.get_world_size()
 device = torch.device(kind, rank if kind == "cuda" else None)
+if kind == "cuda":
+    torch.cuda.set_device(device)
+
+
+def flash_on_cpu(
+    ctx: object,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *_: object,
+    **__: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[batch, tokens, heads, head_dim] each -> the output alike, and the log-sum-exp [batch, tokens, heads]."""
+    heads_first = [t.transpose(1, 2) for t in (query, key, value)]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 def pictures() -> torch.Tensor:
@@ -40,8 +61,14 @@ def pictures() -> torch.Tensor:
 @torch.no_grad()
 def velocity() -> torch.Tensor:
     """The transformer's output, every process having seen a part of the tokens."""
-    model = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer").to(device)
-    degrees = {"ring_degree": 1, "ulysses_degree": 1} | {f"{how}_degree": world}
+    model = FluxTransformer2DModel.from_pretrained(
+        folder, subfolder="transformer", torch_dtype=dtype
+    ).to(device)
+    if how == "ring-cpu" or (how, kind) == ("ring", "cuda"):
+        model.set_attention_backend("_native_flash")
+    if how == "ring-cpu":
+        attention_dispatch._native_flash_attention_forward_op = flash_on_cpu
+    degrees = {"ring_degree": 1, "ulysses_degree": 1} | {f"{way}_degree": world}
     config = ContextParallelConfig(**degrees)
     if kind == "cpu":
         # diffusers takes the accelerator's device and count; here there are none, so both are given.
@@ -55,7 +82,7 @@ def velocity() -> torch.Tensor:
     )
     pq_fx.allow_hooks(model)
     model.enable_parallelism(config=config)
-    inputs = {name: value.to(device) for name, value in pipelines.flux_inputs(text=8).items()}
+    inputs = {n: value.to(device) for n, value in pipelines.flux_inputs(dtype, text=8).items()}
     (result,) = model(**inputs, return_dict=False)
     assert seen == [16 // world]  # tokens of the picture in one process
     return result + 0  # waits for what is still being gathered

@@ -1,4 +1,4 @@
-"""Starts parallel_rank.py by torchrun, as a user starts a script."""
+"""Starts parallel_rank.py by torchrun, as a user starts a script, and the two processes of calibrating_rank.py."""
 
 from __future__ import annotations
 
@@ -29,3 +29,19 @@ def made(folder: Path, how: str, device: str = "cpu") -> torch.Tensor:
     done = start(folder, how, device)
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(folder / f"{how}.safetensors")["made"]
+
+
+def calibrate(folder: Path, device: str = "cpu") -> None:
+    """Two processes of `calibrating_rank.py rank folder device`."""
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "calibrating_rank.py"), str(rank), str(folder), device],
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for process in ranks:
+        _, err = process.communicate(timeout=500)
+        assert process.returncode == 0, err

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torchrun
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from small_calls import CONFIG, block, calls, gathered
@@ -21,8 +19,6 @@ from pq_fx.errors import CalibrationError, GraphError
 from pq_fx.passes import observe
 from pq_fx.progress import CalibrationProgress, duration
 from pq_fx.statistics_file import load_statistics
-
-TESTS = Path(__file__).parents[1]
 
 
 def saved(quantizer: pq_fx.Quantizer, path: Path) -> bytes:
@@ -219,18 +215,7 @@ def test_runs_add_up(tmp_path: Path) -> None:
 
 
 def test_two_processes_equal_one_that_has_both_data(tmp_path: Path) -> None:
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(TESTS / "gloo_rank.py"), str(rank), str(tmp_path)],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    for process in ranks:
-        _, err = process.communicate(timeout=500)
-        assert process.returncode == 0, err
+    torchrun.calibrate(tmp_path)
     # Rank 1 has a seed of its own; here one process has both data and both seeds.
     one = gathered(block(), calls(3)).statistics()
     two = gathered(block(), calls(2, first=3), seed=1 << 32).statistics()
