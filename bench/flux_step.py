@@ -1,17 +1,18 @@
 """One denoising step of a full diffusion transformer, side by side: 16 bits, torchao fp8, pq_fx.
 
     python bench/flux_step.py --out bench/results/flux_step_h100.json
-    python bench/flux_step.py --sizes 512 2048 1024x4 --variants eager bf16 w4a4-int4 --out sizes.json
+    python bench/flux_step.py --sizes 512 2048 1024x4 --variants bf16 bf16+graphs@512 w4a4-int4 --out sizes.json
 
 FLUX.1-dev by default (19 + 38 blocks, 11.9 B parameters, 1024 x 1024 pixels, 512 text tokens, batch 1); random weights
-with planted outlier channels. A size is pixels[xBATCH]. A variant is NAME[+whole][+graphs]:
+with planted outlier channels. A size is pixels[xBATCH]. A variant is NAME[+whole][+graphs][@SIZE]:
 
     eager            bf16 as it is                       bf16            compiled block by block
     torchao-fp8      dynamic activations, row scales     PRESET          pq_fx, e.g. w4a4-int4, w4a8-int4
 
-+whole compiles the model as one graph, +graphs compiles with mode="reduce-overhead". All variants see the same inputs
-in the same process; neighbours of the same NAME share the model. CUDA events, median of `--steps` after warm-up. Rows
-are written as they come; the first output that is not finite stops the run.
++whole compiles the model as one graph, +graphs compiles with mode="reduce-overhead"; @SIZE takes that size instead of
+`--sizes`. All variants see the same inputs in the same process; neighbours of the same NAME share the model. CUDA
+events, median of `--steps` after warm-up (5 or more in 3 seconds where a step is long). Rows are written as they come;
+the first output that is not finite stops the run.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Bench:
             row["gpu_busy_ms"] = round(sum(ms for ms, _ in kernels.values()), 2)
             row["kernels"] = dict(list(kernels.items())[:30])
             if name != "eager":
-                row["one_cuda_graph_ms"] = graphed(model, self.inputs, self.args.steps)
+                row["one_cuda_graph_ms"] = graphed(model, self.inputs, row["steps"])
         return row
 
 
@@ -183,12 +184,13 @@ def measure(
         sys.exit(f"{label}: output is not finite")
     first = time.perf_counter() - start
     del out
-    timed(step, 3, args.device)  # with CUDA graphs the second call records
+    once = min(timed(step, 3, args.device))  # with CUDA graphs the second call records
     warm = time.perf_counter() - start
-    times = timed(step, args.steps, args.device)
+    times = timed(step, min(args.steps, max(5, int(3000 / once))), args.device)
     return {
         "ms": round(statistics.median(times), 2),
         "ms_min": round(min(times), 2),
+        "steps": len(times),
         "first_call_s": round(first, 1),
         "first_4_calls_s": round(warm, 1),
         "weights_gib": round(weights / GIB, 2),
@@ -259,23 +261,24 @@ def main() -> None:
         "rows": [],
         "notes": bench.notes,
     }
+    parts = [variant.partition("@") for variant in args.variants]
+    rows = [(v, s) for v, _, own in parts for s in ([size_of_step(own)] if own else args.sizes)]
     meta = build(args.model, args.layers, args.tiny, "meta")
-    for side, batch in args.sizes:
+    for side, batch in dict.fromkeys(size for _, size in rows):
         done = work(meta, step_inputs(args.model, side, batch, "meta"))
         result.setdefault("floor", []).append(
             {"side": side, "batch": batch, "work": done, "ms": floor_ms(done)}
         )
     print(json.dumps(result["floor"]), flush=True)
     signal.signal(signal.SIGALRM, _stop)
-    for variant in args.variants:
-        for size in args.sizes:
-            result["rows"].append(row := guarded(bench, variant, size))
-            same = (r for r in result["rows"] if r["label"] == "bf16" and r["size"] == row["size"])
-            base = next((r.get("ms") for r in same), None)
-            if base and "ms" in row:
-                row["ratio_to_compiled_bf16"] = round(row["ms"] / base, 3)
-            args.out.write_text(json.dumps(result, indent=2) + "\n")
-            print(json.dumps({k: v for k, v in row.items() if k != "kernels"}), flush=True)
+    for variant, size in rows:
+        result["rows"].append(row := guarded(bench, variant, size))
+        same = (r for r in result["rows"] if r["label"] == "bf16" and r["size"] == row["size"])
+        base = next((r.get("ms") for r in same), None)
+        if base and "ms" in row:
+            row["ratio_to_compiled_bf16"] = round(row["ms"] / base, 3)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        print(json.dumps({k: v for k, v in row.items() if k != "kernels"}), flush=True)
 
 
 def guarded(bench: Bench, variant: str, size: tuple[int, int]) -> dict[str, Any]:
