@@ -13,7 +13,8 @@ a user's launch does. A row is a model and a way:
 
 `+graph` replays the way's compiled step as one CUDA graph, communication inside. Times are CUDA events of the first
 process, median of `--steps`; "data" counts the steps of both over the longer time. Every result, of both processes, is
-compared with that of "one" in the first. Rows are written as they come; what does not compile runs eagerly and says so.
+compared with that of "one" in the first; "times_one" is the throughput over that of "one" (launched or a graph alike).
+Rows are written as they come; what does not compile runs eagerly and says so. Runs with one `--folder` quantize once.
 """
 
 from __future__ import annotations
@@ -59,13 +60,17 @@ class Bench:
             torch.accelerator.device_count = lambda: 1  # type: ignore[assignment]
         self.inputs = step_inputs(NAME, args.side, 1, str(self.device))
         self.alone: Tensor | None = None  # what one GPU gives
+        self.rates: dict[str, float] = {}  # pictures a second of one GPU, launched and as a graph
         self.result: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if cuda else args.device,
             "devices": dist.get_world_size(),
             "torch": torch.__version__,
             "triton": triton.__version__,
             "diffusers": diffusers.__version__,
-            **{k: getattr(args, k) for k in ("layers", "side", "preset", "method", "attention")},
+            **{
+                k: getattr(args, k)
+                for k in ("layers", "side", "preset", "method", "attention", "eager")
+            },
             "picture_steps": PICTURE,
             "rows": [],
         }
@@ -83,8 +88,8 @@ class Bench:
         return build(NAME, args.layers, args.tiny, str(self.device))  # type: ignore[return-value]
 
     def quantized(self, folder: Path) -> FluxTransformer2DModel:
-        """Quantized and saved by the first process, loaded by both."""
-        if self.rank == 0:
+        """Quantized and saved by the first process unless it is there, loaded by both."""
+        if self.rank == 0 and not (folder / "config.json").exists():
             start = time.perf_counter()
             model = self.float_model()
             config = pq_fx.QuantConfig.preset(
@@ -121,6 +126,9 @@ class Bench:
             module._compiled_call_impl = None
         options: dict[str, Any] = {} if label == "bf16" else {"backend": "permuquant"}
         step = self.step(model)
+        if self.args.eager:
+            step()
+            return step
         try:
             model.compile_repeated_blocks(fullgraph=True, **options)
             step()
@@ -153,8 +161,7 @@ class Bench:
     def alone_on_one(self, step: Callable[[], Tensor]) -> None:
         """Time the first process while the other waits."""
         if self.rank == 0:
-            self.row |= summary(self.times(step))
-            self.row["pictures_a_second"] = round(1e3 / self.row["ms"] / PICTURE, 3)
+            self.rated(self.times(step))
         dist.barrier()
 
     def both(self, step: Callable[[], Tensor]) -> None:
@@ -163,15 +170,24 @@ class Bench:
         times = self.times(step)
         longest = torch.tensor([sum(times)], device=self.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
-        steps = dist.get_world_size() * len(times)
-        self.row |= summary(times)
-        self.row["pictures_a_second"] = round(1e3 * steps / longest.item() / PICTURE, 3)
+        self.rated(times, dist.get_world_size() * len(times) / longest.item())
 
     def together(self, step: Callable[[], Tensor]) -> None:
         """Time a step that both processes share."""
         dist.barrier()
-        self.row |= summary(self.times(step))
-        self.row["pictures_a_second"] = round(1e3 / self.row["ms"] / PICTURE, 3)
+        self.rated(self.times(step))
+
+    def rated(self, times: list[float], steps_a_ms: float = 0.0) -> None:
+        """Fill the row from the milliseconds of some steps; a step at a time unless `steps_a_ms` is given."""
+        median = statistics.median(times)
+        rate = 1e3 * (steps_a_ms or 1 / median) / PICTURE
+        way, _, graph = self.row["way"].partition("+")
+        if way == "one":
+            self.rates[graph] = rate
+        self.row |= {"ms": round(median, 2), "ms_min": round(min(times), 2)}
+        self.row["pictures_a_second"] = float(f"{rate:.4g}")
+        if graph in self.rates:
+            self.row["times_one"] = round(rate / self.rates[graph], 3)
 
     def compare(self, got: Tensor) -> None:
         """Note how far the processes' results are from that of one GPU; stop where one is not finite."""
@@ -187,7 +203,7 @@ class Bench:
     @torch.no_grad()
     def run(self, label: str, model: FluxTransformer2DModel) -> None:
         """All ways of one model, those that share a compiled step one after the other."""
-        self.alone = None
+        self.alone, self.rates = None, {}
         native = model.transformer_blocks[0].attn.processor._attention_backend
         for way in ("one", "ulysses", "ring"):
             wanted = [w for w in self.args.ways if w.split("+")[0] == way]
@@ -251,11 +267,6 @@ class Bench:
                 module.processor._attention_backend = attention
 
 
-def summary(times: list[float]) -> dict[str, float]:
-    """Median and least of some milliseconds."""
-    return {"ms": round(statistics.median(times), 2), "ms_min": round(min(times), 2)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -269,17 +280,18 @@ def main() -> None:
     parser.add_argument("--method", default="permuquant-h")
     parser.add_argument("--attention", default="_native_flash")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--folder", type=Path, help="of the quantized model, made where missing")
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--tiny", action="store_true", help="a narrow model, to try the script")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     bench = Bench(args)
-    where = [tempfile.mkdtemp() if bench.rank == 0 else None]
+    where = [args.folder or Path(tempfile.mkdtemp()) / "model"]
     dist.broadcast_object_list(where)
     with torch.no_grad():
         for label in args.models:
             start = time.perf_counter()
-            folder = Path(str(where[0])) / "model"
-            model = bench.float_model() if label == "bf16" else bench.quantized(folder)
+            model = bench.float_model() if label == "bf16" else bench.quantized(where[0])
             bench.note(**{f"{label}_ready_s": round(time.perf_counter() - start, 1)})
             bench.run(label, model)
             del model
