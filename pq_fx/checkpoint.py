@@ -46,6 +46,7 @@ from pq_fx.checkpoint_model import (
     linear_aliases,
     model_dtype,
     place,
+    places_for,
     put_linears,
     state_of,
     stored_tensors,
@@ -172,16 +173,17 @@ def fill(
     floats = {name: state[name] for name in stored.values()}
     plan.check_tensors(tensors, floats)
     check_nothing_missing(inner, aliases, stored)
-    places = {fqn: inner.get_submodule(fqn).weight for fqn in plan.layers}
+    places = places_for(inner, plan)
+    weights = {fqn: inner.get_submodule(fqn).weight for fqn in plan.layers}
 
     def placed_tensor(name: str, fqn: str) -> Tensor:
-        return place(tensors[name], places[fqn], device)
+        return place(tensors[name], weights[fqn], device)
 
     linears = build_linears(plan, placed_tensor)
     placed = {name: place(tensors[name], like, device) for name, like in floats.items()}
 
     assign(inner, stored, placed)  # from here on nothing computes, so nothing can fail
-    put_linears(inner, aliases, linears)
+    put_linears(inner, places, linears)
 
 
 def saved_config(folder: PathLike) -> QuantConfig | None:

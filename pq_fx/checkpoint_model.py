@@ -12,6 +12,7 @@ from pq_fx.checkpoint_plan import Plan
 from pq_fx.errors import CheckpointError
 from pq_fx.kernels.formats import Format
 from pq_fx.modules import ActivationQuantizer, QuantLinear, quantized_linears
+from pq_fx.places import Places
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -148,13 +149,17 @@ def build_linears(plan: Plan, tensor: Callable[[str, str], Tensor]) -> dict[str,
     return linears
 
 
-def put_linears(
-    model: nn.Module, aliases: Mapping[str, str], linears: Mapping[str, QuantLinear]
-) -> None:
-    """Put each linear where the model holds its float one, under every name."""
-    for alias, fqn in aliases.items():
-        parent, _, name = alias.rpartition(".")
-        setattr(model.get_submodule(parent), name, linears[fqn].eval())
+def places_for(model: nn.Module, plan: Plan) -> Places:
+    """Where the model holds its parts; CheckpointError where one of the plan's linears could not be replaced."""
+    places = Places(model)
+    places.check((model.get_submodule(fqn) for fqn in plan.layers), CheckpointError)
+    return places
+
+
+def put_linears(model: nn.Module, places: Places, linears: Mapping[str, QuantLinear]) -> None:
+    """Put each linear wherever the model holds its float one."""
+    for fqn, linear in linears.items():
+        places.put(model.get_submodule(fqn), linear.eval())
 
 
 def place(value: Tensor, like: Tensor, device: torch.device | str | None) -> Tensor:

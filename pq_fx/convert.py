@@ -28,6 +28,7 @@ from pq_fx.passes.choose import RegionChoice, Settings, choose
 from pq_fx.passes.fold import axis_index, fold_tensors
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Region
+from pq_fx.places import Places, fill
 from pq_fx.plan import Plan
 from pq_fx.report import Report
 from pq_fx.rounded import ratios
@@ -49,7 +50,8 @@ def convert(
     """Quantize `model` in place by what calibration found and return the report.
 
     `progress(done, total)` is called after each region, twice for each: chosen, packed. Raises CalibrationError when a
-    region's statistics are missing or not finite; the model is unchanged then.
+    region's statistics are missing or not finite, or a linear is held in a way that cannot be changed (places.py); the
+    model is unchanged then.
     """
     start = time.perf_counter()
     plan = statistics.plan
@@ -59,6 +61,8 @@ def convert(
         )
     draft = Draft()
     layers, draft.rows = layers_to_quantize(model, plan, config)
+    places = Places(model)
+    places.check(layer.module for layer in layers.values())
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
         model.named_buffers(remove_duplicate=False)
     )
@@ -96,7 +100,7 @@ def convert(
     float_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     device = next(iter(tensors.values())).device
     layers.clear()  # they hold the float linears
-    _commit(model, edits, draft)
+    _commit(model, places, edits, draft)
     quantized_bytes = sum(t.numel() * t.element_size() for t in _tensors(model))
     return Report(
         layers=tuple(draft.rows[fqn] for fqn in plan.linears if fqn in draft.rows),
@@ -241,15 +245,16 @@ def _pack_region(
                 draft.modules[layers[name].fact.fqn].to("cpu")
 
 
-def _commit(model: nn.Module, edits: Edits, draft: Draft) -> None:
-    """The swap: edited tensors are replaced, each float linear goes before its packed one takes its place."""
+def _commit(model: nn.Module, places: Places, edits: Edits, draft: Draft) -> None:
+    """The swap: edited tensors are replaced, each float linear goes before its packed one takes its places."""
     edits.commit(model, {f"{fqn}.{kind}" for fqn in draft.modules for kind in ("weight", "bias")})
+    devices = {fqn: edits.tensors[f"{fqn}.weight"].device for fqn in draft.modules}
+    held = {fqn: places.of(model.get_submodule(fqn)) for fqn in draft.modules}
+    edits.tensors.clear()  # they would keep the float weights, some under a second name
     for fqn, module in draft.modules.items():
-        parent, _, child = fqn.rpartition(".")
-        device = edits.tensors.pop(f"{fqn}.weight").device
-        edits.tensors.pop(f"{fqn}.bias", None)
+        device = devices[fqn]
         carry_hooks(model.get_submodule(fqn), module)
-        setattr(model.get_submodule(parent), child, None)
+        fill(held[fqn], None)
         try:
             module.to(device)
         except torch.OutOfMemoryError as error:
@@ -257,5 +262,5 @@ def _commit(model: nn.Module, edits: Edits, draft: Draft) -> None:
                 f"{device} ran out of memory when {fqn} was to take the place of its float weight, which something "
                 "besides the model holds. The model is half converted: load it again, and let go of the float weights"
             ) from error
-        setattr(model.get_submodule(parent), child, module.eval())
+        fill(held[fqn], module.eval())
     applied.note(model, applied.from_edits(model, edits))

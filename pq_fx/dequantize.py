@@ -10,7 +10,8 @@ from pq_fx.kernels.formats import Format
 from pq_fx.kernels.pack import unpack
 from pq_fx.kernels.reference import Quantized, rotate
 from pq_fx.kernels.reference import dequantize as values
-from pq_fx.modules import QuantLinear
+from pq_fx.modules import QuantLinear, quantized_linears
+from pq_fx.places import Places
 from pq_fx.pointwise import restore
 
 
@@ -45,17 +46,14 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         `model`.
     """
     inner = getattr(model, "_orig_mod", model)
-    names = inner.named_modules(remove_duplicate=False)
-    linears = {name: m for name, m in names if isinstance(m, QuantLinear)}
+    linears = quantized_linears(inner)
     inside = {id(p) for linear in linears.values() for p in linear.parameters()}
     own = [p.dtype for p in inner.parameters() if p.is_floating_point() and id(p) not in inside]
     default = (own or [torch.get_default_dtype()])[0]
-    made: dict[int, nn.Linear] = {}
-    for name, linear in linears.items():
-        if id(linear) not in made:
-            made[id(linear)] = _float_linear(linear, dtype, default)
-        parent, _, child = name.rpartition(".")
-        setattr(inner.get_submodule(parent), child, made[id(linear)])
+    places = Places(inner)
+    places.check(linears.values())
+    for linear in linears.values():
+        places.put(linear, _float_linear(linear, dtype, default))
     applied.undo(inner)
     seen.detach(inner)
     restore(inner)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pq_fx.hooks import carry_hooks
+from pq_fx.places import Places
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -50,33 +51,33 @@ def is_pointwise(module: nn.Module) -> bool:
 
 
 def linearize(model: nn.Module, only: Collection[str] | None = None) -> dict[str, nn.Module]:
-    """Replace pointwise convolutions (those named in `only`, else all) by linears, in place.
+    """Replace pointwise convolutions (those named in `only`, else all) by linears, in place, wherever they are held.
 
-    Returns the convolutions by name; one that has several names is replaced at each of them by one module.
+    Returns the convolutions by (first) name. Raises CalibrationError, the model being unchanged, where one is held in a
+    way that cannot be changed.
     """
     found = {
         name: module
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in model.named_modules()
         if is_pointwise(module) and (only is None or name in only)
     }
-    made: dict[int, PointwiseConv] = {}
-    for name, conv in found.items():
-        if id(conv) not in made:
-            made[id(conv)] = PointwiseConv(_linear(conv), type(conv))
-            carry_hooks(conv, made[id(conv)])
-        _put(model, name, made[id(conv)])
+    places = Places(model)
+    places.check(found.values())
+    for conv in found.values():
+        made = PointwiseConv(_linear(conv), type(conv))
+        carry_hooks(conv, made)
+        places.put(conv, made)
     return found
 
 
 def restore(model: nn.Module) -> None:
     """Make convolutions of the pointwise linears that are in float, in place (after `dequantize`)."""
-    made: dict[int, nn.Module] = {}
-    for name, module in [*model.named_modules(remove_duplicate=False)]:
+    places = Places(model)
+    for module in [*model.modules()]:
         if isinstance(module, PointwiseConv) and type(module.linear) is nn.Linear:
-            if id(module) not in made:
-                made[id(module)] = _convolution(module.linear, module.kind)
-                carry_hooks(module, made[id(module)])
-            _put(model, name, made[id(module)])
+            made = _convolution(module.linear, module.kind)
+            carry_hooks(module, made)
+            places.put(module, made)
 
 
 @contextmanager
@@ -86,11 +87,12 @@ def linearized(model: nn.Module, only: Collection[str] | None = None) -> Iterato
     try:
         yield
     finally:
+        places = Places(model)
         for name, conv in found.items():
-            linear = model.get_submodule(name).linear
-            if type(linear) is nn.Linear:
-                _take_back(conv, linear)
-                _put(model, name, conv)
+            stand_in = model.get_submodule(name)
+            if type(stand_in.linear) is nn.Linear:
+                _take_back(conv, stand_in.linear)
+                places.put(stand_in, conv)
 
 
 def _take_back(conv: nn.Module, linear: nn.Linear) -> None:
@@ -123,8 +125,3 @@ def _convolution(linear: nn.Linear, kind: type[nn.Module]) -> nn.Module:
     if linear.bias is not None:
         conv.bias = linear.bias
     return conv.train(linear.training)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -61,9 +61,8 @@ def put_empty(model: nn.Module, plan: Plan, record: applied.Applied) -> dict[str
         kind, shape = expected[name]
         return torch.empty(shape, dtype=kind or dtype, device="meta")
 
-    aliases = checkpoint_model.linear_aliases(model, plan)
     linears = checkpoint_model.build_linears(plan, empty)
-    checkpoint_model.put_linears(model, aliases, linears)
+    checkpoint_model.put_linears(model, checkpoint_model.places_for(model, plan), linears)
     return linears
 
 

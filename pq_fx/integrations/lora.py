@@ -20,6 +20,7 @@ from torch import nn
 from pq_fx import applied
 from pq_fx.errors import LoraError
 from pq_fx.modules import QuantLinear, quantized_linears
+from pq_fx.places import Places
 
 _FUSE_FIRST = (
     "load it into the float pipeline, fuse it (pipe.load_lora_weights(...); pipe.fuse_lora(); "
@@ -44,9 +45,10 @@ def load_lora_adapter(
         )
     before = set(getattr(model, "peft_config", {}))
     # PEFT adds to layers that are its own, and does not know ours: so all become its own for a while.
+    places = Places(model)
     for name, linear in quantized_linears(model).items():
         if not name.endswith(".base_layer"):
-            _put(model, name, QuantLoraLayer(linear))
+            places.put(linear, QuantLoraLayer(linear))
     try:
         type(model).load_lora_adapter(model, source, prefix=prefix, **kwargs)
         added = set(getattr(model, "peft_config", {})) - before
@@ -57,9 +59,10 @@ def load_lora_adapter(
                 model.delete_adapters(adapter)
             raise
     finally:
-        for name, module in list(model.named_modules()):
+        places = Places(model)
+        for module in list(model.modules()):
             if isinstance(module, QuantLoraLayer) and not module.lora_A:
-                _put(model, name, module.base_layer)
+                places.put(module, module.base_layer)
 
 
 def tell_flux_of_shapes() -> None:
@@ -99,11 +102,6 @@ def refuse_dora(name: str) -> NoReturn:
         f"{name}: DoRA scales by norms of the float weight, which a quantized linear does not have; "
         f"{_FUSE_FIRST}"
     )
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _fit(model: nn.Module, adapters: set[str]) -> None:
