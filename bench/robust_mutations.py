@@ -14,6 +14,7 @@ from typing import Any
 
 import robust_crafted as crafted
 import robust_damage as damage
+import torch
 from diffusers import FluxTransformer2DModel
 from robust_model import CONFIG, calibrated, fingerprint, float_model
 from torch import nn
@@ -123,11 +124,26 @@ def _attempt(folder: Path, load: Callable[[], nn.Module]) -> tuple[Outcome, nn.M
 
 def _compare(model: nn.Module, wanted: dict[str, Any]) -> Outcome:
     try:
-        return ("exact", "") if fingerprint(model) == wanted else ("other numbers", "")
+        found = fingerprint(model)
+        return ("exact", "") if found == wanted else ("other numbers", _difference(found, wanted))
     except (
         UnseenError
     ) as error:  # the record of calibration's inputs was changed, with its checksum
         return "refused by name when called", str(error)
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What differs: tensors by name, modules, and by how much the numbers."""
+    state, expected = found["state"], wanted["state"]
+    tensors = sorted(n for n in {*state, *expected} if state.get(n) != expected.get(n))
+    modules = [m for m in found["modules"] if m not in wanted["modules"]]
+    got, want = (
+        torch.frombuffer(bytearray(f["out"]), dtype=torch.float32) for f in (found, wanted)
+    )
+    size = f"{got.numel()} numbers for {want.numel()}"
+    if got.numel() == want.numel():
+        size = f"{int((got != want).sum())} of {want.numel()} numbers, largest {float((got - want).abs().max()):.3g}"
+    return f"tensors {tensors[:8]}, modules {modules[:4]}, {size}"
 
 
 READERS = {"pq_fx.load": by_load, "from_pretrained": by_diffusers, "statistics": by_statistics}
