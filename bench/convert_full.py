@@ -110,11 +110,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         stages: list[float] = []
         start = time.perf_counter()
 
-        def progress(done: int, total: int, start: float = start, s: list[float] = stages) -> None:
+        done_row: dict[str, Any] = {"method": method}
+
+        def progress(
+            done: int,
+            total: int,
+            start: float = start,
+            s: list[float] = stages,
+            row: dict[str, Any] = done_row,
+        ) -> None:
             _synchronize(args.device)
             s.append(time.perf_counter() - start)
-            if done % 20 == 0 or done == total:
-                print(f"{done} of {total}: {s[-1]:.1f} s", flush=True)
+            if done % 10 == 0 or done == total:  # a run that is cut off leaves its rate
+                row |= {"done": done, "of": total, "seconds": round(s[-1], 1)}
+                note(going=row)
 
         with Peak(args.device, _weights(model)) as converting:
             report = quantizer.convert(progress)
@@ -129,6 +138,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }
         largest = max(r.in_features * r.out_features for r in report.quantized)
         row["largest_linear_gib"] = round(2 * largest / GIB, 3)
+        result.pop("going")
         note(convert=[*result["convert"], row])
     return result
 

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from pq_fx.passes.candidates import rotation_size
 from pq_fx.passes.choice import OwnSettings, settings_of
-from pq_fx.passes.evaluate import Errors, Measured, PointErrors, check, halves, least, measured
+from pq_fx.passes.evaluate import Errors, PointErrors, least
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Point
+from pq_fx.passes.sampled import Measured, check, halves, measured
 
 EXPONENTS = (0.5, 1.0)
 # Channels smaller than this part of the largest count as this large: no factor beyond its square root.
@@ -58,10 +59,12 @@ def balance(
     if own.activation is None or point.one_row or not (scale or center):
         return None
     check(point, moments, weights)
-    fit, held = halves(point, moments, weights[point.linears[0]].device)
+    fit, held = halves(point, moments)
     if len(fit) == 0 or len(held) == 0:
         return None
-    rows, fitted = measured(fit, held, own)
+    device = weights[point.linears[0]].device
+    rows, fitted = measured(fit, held, own, device)
+    fit = fit.to(device, torch.float32)
     squares = sum(
         torch.linalg.vector_norm(weights[n], dim=0, dtype=torch.float32).square()
         for n in point.linears

@@ -33,16 +33,7 @@ from pq_fx.passes.choice import (
     Settings,
     settings_of,
 )
-from pq_fx.passes.evaluate import (
-    GLOBAL_SCALE_ROOM,
-    Measured,
-    PointErrors,
-    Slot,
-    check,
-    halves,
-    measured,
-    second_moments,
-)
+from pq_fx.passes.evaluate import GLOBAL_SCALE_ROOM, PointErrors, Slot
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.options import (
     KEEP,
@@ -55,6 +46,7 @@ from pq_fx.passes.options import (
 )
 from pq_fx.passes.refine import homes, refine
 from pq_fx.passes.regions import Point, Region
+from pq_fx.passes.sampled import Measured, check, halves, measured, second_moments
 
 __all__ = ["LinearError", "PointChoice", "RegionChoice", "Settings", "choose"]
 
@@ -86,15 +78,14 @@ def choose(
     seconds: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     enough, slot = True, Slot()
 
-    def parts(point: Point) -> tuple[Tensor, Tensor]:
-        return halves(point, moments, weights[point.linears[0]].device)
+    device = weights[region.points[0].linears[0]].device
 
     def load(point: Point) -> Measured:
-        return measured(*parts(point), first)
+        return measured(*halves(point, moments), first, device)
 
     for point in region.points:
         check(point, moments, weights)
-        fit, held = parts(point)
+        fit, held = halves(point, moments)
         enough = enough and len(fit) > 0 and len(held) > 0
         seconds[point.name] = second_moments(point, fit, weights)
         errors[point.name] = PointErrors(
@@ -114,7 +105,7 @@ def choose(
     best = _best(region, errors, seconds, first)
     best = best._replace(options=_clipped(region, errors, best))
     if first.refine:
-        best = _refined(region, errors, best, lambda p: parts(p)[0], seconds, first)
+        best = _refined(region, errors, best, lambda p: load(p).rows, seconds, first)
         best = best._replace(options=_clipped(region, errors, best))
     if not any(o.differs(kept[name]) for name, o in best.options.items()):
         return _result(region, errors, keep, keep, "kept: no candidate has less error")
@@ -169,7 +160,9 @@ def _clipped(region: Region, errors: Mapping[str, PointErrors], plan: _Plan) -> 
         measure = errors[point.name]
         if measure.activation is not None:
             clips = measure.settings[point.linears[0]].clips
-            tried = [options[point.name]._replace(clip=ratio) for ratio in (1.0, *clips)]
+            own = options[point.name]
+            measure.with_clips(own.order, own.rotation, clips)
+            tried = [own._replace(clip=ratio) for ratio in (1.0, *clips)]
             options[point.name] = cheapest(measure, tried)
     return options
 

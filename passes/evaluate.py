@@ -8,39 +8,35 @@ part, what is reported and accepted on the second. One quantization of the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import NamedTuple, TypeVar
+from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pq_fx.errors import CalibrationError
-from pq_fx.kernels.formats import Format
-from pq_fx.kernels.reference import fake_quantize, nvfp4_global_scale, permute_rotate, rotate
-from pq_fx.passes.choice import OwnSettings, Settings, settings_of
-from pq_fx.passes.moments import Moments
-from pq_fx.passes.regions import Point
+from pq_fx.kernels.reference import fake_quantize
+from pq_fx.passes.choice import OwnSettings, settings_of
+from pq_fx.passes.sampled import Measured
+from pq_fx.passes.turned import chunks, elements, exact_matmul, turned, whole_scale
 
 # A later activation may be larger than any sampled one; nvfp4's tensor scale leaves this much room.
 GLOBAL_SCALE_ROOM = 2.0
-# Elements of a weight that are quantized at once: a CPU's cache, or enough to fill a GPU.
-_CPU_ELEMENTS = 1 << 18
-_CUDA_ELEMENTS = 1 << 23
-
-
 _Found = TypeVar("_Found")
 
 
 class Errors:
     """Relative squared output errors by weight name, measured when they are asked for: most candidates lose on the
-    rows for fitting, and their errors on the others are never needed."""
+    rows for fitting, and their errors on the others are never needed. `fit`: known already."""
 
-    def __init__(self, measure: Callable[[bool], dict[str, float]]) -> None:
+    def __init__(
+        self, measure: Callable[[bool], dict[str, float]], fit: dict[str, float] | None = None
+    ) -> None:
         self._measure = measure
+        if fit is not None:
+            self.fit = fit
 
     @cached_property
     def fit(self) -> dict[str, float]:
@@ -53,20 +49,14 @@ class Errors:
         return self._measure(True)
 
 
-class Measured(NamedTuple):
-    """Sampled rows of a point, fp32 [n, K], the first `fitted` of which are for fitting."""
-
-    rows: Tensor
-    fitted: int
-
-
 @dataclass
 class Loaded:
-    """What measuring a point needs: its rows and weights, and the outputs fp32 [n, N] by weight name."""
+    """What measuring a point needs: its rows, and by weight name the outputs fp32 [n, N] and the squared norms of their
+    two parts, which errors are relative to."""
 
     sample: Measured
-    weights: dict[str, Tensor]
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class Slot:
@@ -81,8 +71,7 @@ class Slot:
         """What `owner` needs."""
         if self._owner is not owner or self._loaded is None:
             self._loaded = None
-            weights = {name: owner.weights[name] for name in owner.settings}
-            self._loaded, self._owner = Loaded(owner.load(), weights), owner
+            self._loaded, self._owner = Loaded(owner.load()), owner
         return self._loaded
 
 
@@ -131,79 +120,136 @@ class PointErrors:
 
         `clip` multiplies the largest magnitude of each group of X, from which its scale is made.
         """
-        key = (b"" if order is None else order.tobytes(), rotation, clip)
+        key = _key(order, rotation, clip)
         if key not in self._known:
-            self._known[key] = Errors(
-                partial(self._measure, order, rotation, clip, self.weight_part)
-            )
+            self._known[key] = self._errors(order, rotation, clip, self.weight_part)
         return self._known[key]
+
+    def with_clips(self, order: np.ndarray | None, rotation: int, clips: Sequence[float]) -> None:
+        """Measure several clip ratios on the rows for fitting: they share one quantization of the weights."""
+        new = [c for c in clips if _key(order, rotation, c) not in self._known]
+        if not new:
+            return
+        sample = self._slot.of(self).sample
+        # All of their rows are held at once.
+        step = max(1, 2 * elements(sample.rows) // max(1, sample.rows[: sample.fitted].numel()))
+        for start in range(0, len(new), step):
+            some = new[start : start + step]
+            found = self._measure(order, rotation, some, self.weight_part, False)
+            for clip, fit in zip(some, found, strict=True):
+                errors = self._errors(order, rotation, clip, self.weight_part, fit)
+                self._known[_key(order, rotation, clip)] = errors
 
     def original(self) -> Errors:
         """Errors in the model's own order, with all of the weights' errors."""
-        if self.weight_part == 1.0:
-            return self(None, 0)
-        return Errors(partial(self._measure, None, 0, 1.0, 1.0))
+        return self(None, 0) if self.weight_part == 1.0 else self._errors(None, 0, 1.0, 1.0)
 
-    def _measure(
+    def _errors(
         self,
         order: np.ndarray | None,
         rotation: int,
         clip: float,
         weight_part: float,
+        fit: dict[str, float] | None = None,
+    ) -> Errors:
+        def measure(held: bool) -> dict[str, float]:
+            return self._measure(order, rotation, (clip,), weight_part, held)[0]
+
+        return Errors(measure, fit)
+
+    def _measure(
+        self,
+        order: np.ndarray | None,
+        rotation: int,
+        clips: Sequence[float],
+        weight_part: float,
         held: bool,
-    ) -> dict[str, float]:
+    ) -> list[dict[str, float]]:
+        """Errors by weight name, for each clip ratio."""
         loaded = self._slot.of(self)
-        sample = loaded.sample
-        perm = None if order is None else torch.from_numpy(order).to(sample.rows.device)
-        part = slice(sample.fitted, None) if held else slice(sample.fitted)
-        errors = {}
+        rows, fitted = loaded.sample
+        perm = None if order is None else torch.from_numpy(order).to(rows.device)
+        part = slice(fitted, None) if held else slice(fitted)
+        lost, sizes = [], []
         with exact_matmul():
-            x = _turned(sample.rows, perm, rotation)
-            if self.activation is not None:
-                scale = _scale(x.abs().amax() * GLOBAL_SCALE_ROOM, self.activation)
-                ratio = None if clip == 1.0 else torch.tensor(clip, device=x.device)
-                x = fake_quantize(x[part], self.activation, global_scale=scale, clip=ratio)
-            else:
-                x = x[part]
-            for name, weight in loaded.weights.items():
+            xs = self._seen(rows, part, perm, rotation, clips)
+            for name in self.settings:
+                weight = self.weights[name]
                 if name not in loaded.outputs:
-                    loaded.outputs[name] = self._outputs(sample.rows, weight)
+                    loaded.outputs[name] = self._outputs(rows, weight)
+                    loaded.sizes[name] = self._sizes(loaded.outputs[name], fitted, weight)
                 y = loaded.outputs[name][part]
-                lost = self._lost(name, weight, x, y, perm, rotation, weight_part)
-                if self.center is not None:
-                    y = y + torch.cat([self.center @ self._wide(w).T for w in _chunks(weight)])
-                whole = float(y.square().sum(dim=1).double().sum())
-                errors[name] = float(lost) / whole if whole > 0 else float(lost)
-        return errors
+                lost.append(self._lost(name, weight, xs, y, perm, rotation, weight_part))
+                sizes.append(loaded.sizes[name][held] or 1.0)
+        found = torch.stack(lost, dim=1).tolist()
+        return [
+            {
+                name: error / size
+                for name, error, size in zip(self.settings, each, sizes, strict=True)
+            }
+            for each in found
+        ]
+
+    def _seen(
+        self,
+        rows: Tensor,
+        part: slice,
+        perm: Tensor | None,
+        rotation: int,
+        clips: Sequence[float],
+    ) -> list[Tensor]:
+        """A part of the rows as the linears see them, fp32 [n, K], for each clip ratio."""
+        fmt = self.activation
+        if fmt is None:
+            return [turned(rows[part], perm, rotation)] * len(clips)
+        whole = (turned(some, perm, rotation) for some in chunks(rows))
+        scale = whole_scale(whole, fmt, GLOBAL_SCALE_ROOM)
+        found: list[list[Tensor]] = [[] for _ in clips]
+        for some in chunks(rows[part]):
+            x = turned(some, perm, rotation)
+            for clip, made in zip(clips, found, strict=True):
+                ratio = None if clip == 1.0 else torch.tensor(clip, device=x.device)
+                made.append(fake_quantize(x, fmt, global_scale=scale, clip=ratio))
+        return [torch.cat(made) for made in found]
 
     def _outputs(self, rows: Tensor, weight: Tensor) -> Tensor:
-        return torch.cat([rows @ self._wide(chunk).T for chunk in _chunks(weight)], dim=1)
+        return torch.cat([rows @ self._wide(chunk).T for chunk in chunks(weight)], dim=1)
+
+    def _sizes(self, outputs: Tensor, fitted: int, weight: Tensor) -> tuple[float, float]:
+        """Squared norms of what outputs are without a center, of both parts."""
+        sums = torch.zeros(2, dtype=torch.float64, device=outputs.device)
+        parts = chunks(weight)
+        for chunk, y in zip(parts, outputs.split([len(c) for c in parts], dim=1), strict=True):
+            if self.center is not None:
+                y = y + self.center @ self._wide(chunk).T
+            squares = y.square().sum(dim=1).double()
+            sums += torch.stack([squares[:fitted].sum(), squares[fitted:].sum()])
+        fit, held = sums.tolist()
+        return fit, held
 
     def _lost(
         self,
         name: str,
         weight: Tensor,
-        x: Tensor,
+        xs: Sequence[Tensor],
         y: Tensor,
         perm: Tensor | None,
         rotation: int,
         weight_part: float,
     ) -> Tensor:
-        """Squared norm of the error of outputs y [n, N], fp64 []."""
+        """Squared norms of the errors of outputs y [n, N] for each of `xs`, fp64 [len(xs)]."""
         fmt, search = self.settings[name].weight, self.settings[name].weight_search
-        chunks = _chunks(weight)
-        scale = None
-        if fmt.two_level:
-            turned = (_turned(self._wide(w), perm, rotation) for w in chunks)
-            scale = _scale(torch.stack([w.abs().amax() for w in turned]).amax(), fmt)
-        lost = torch.zeros((), dtype=torch.float64, device=x.device)
-        for chunk, wanted in zip(chunks, y.split([len(c) for c in chunks], dim=1), strict=True):
-            exact = _turned(self._wide(chunk), perm, rotation)
+        parts = chunks(weight)
+        scale = whole_scale((turned(self._wide(w), perm, rotation) for w in parts), fmt)
+        lost = torch.zeros(len(xs), dtype=torch.float64, device=y.device)
+        for chunk, wanted in zip(parts, y.split([len(c) for c in parts], dim=1), strict=True):
+            exact = turned(self._wide(chunk), perm, rotation)
             q = fake_quantize(exact, fmt, global_scale=scale, scale_search=search)
             if weight_part != 1.0:
                 q = torch.lerp(exact, q, weight_part)
-            error = torch.addmm(wanted, x, q.T, alpha=-1)
-            lost += error.square().sum(dim=1).double().sum()
+            for i, x in enumerate(xs):
+                error = torch.addmm(wanted, x, q.T, alpha=-1)
+                lost[i] += error.square().sum(dim=1).double().sum()
         return lost
 
     def _wide(self, weight: Tensor) -> Tensor:
@@ -211,51 +257,8 @@ class PointErrors:
         return wide if self.scale is None else wide * self.scale
 
 
-def _chunks(weight: Tensor) -> tuple[Tensor, ...]:
-    elements = _CPU_ELEMENTS if weight.device.type == "cpu" else _CUDA_ELEMENTS
-    return weight.split(max(1, elements // max(1, weight.shape[1])))
-
-
-def _turned(x: Tensor, perm: Tensor | None, rotation: int) -> Tensor:
-    """`permute_rotate` to within rounding: on a GPU one product with the Hadamard matrix instead of 28 launches."""
-    if rotation == 0 or x.device.type == "cpu":
-        return permute_rotate(x, perm, rotation)
-    return rotate_by_product(permute_rotate(x, perm, 0), rotation)
-
-
-def rotate_by_product(x: Tensor, rotation: int) -> Tensor:
-    """`rotate` of x [..., channels] in blocks of `rotation` channels, as a product of fp32 matrices."""
-    matrix = rotate(torch.eye(rotation, device=x.device), rotation)
-    return (x.reshape(-1, rotation) @ matrix).reshape(x.shape)
-
-
-def _scale(amax: Tensor, fmt: Format) -> Tensor | None:
-    return nvfp4_global_scale(amax) if fmt.two_level else None
-
-
-def halves(
-    point: Point, moments: Mapping[str, Moments], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Sampled rows for fitting and for acceptance, fp32 on `device`, none in both."""
-    # Keys are random, so that every other row in their order is a random half.
-    rows = moments[point.name].sample().to(device, torch.float32)
-    return rows[0::2], rows[1::2]
-
-
-def check(point: Point, moments: Mapping[str, Moments], weights: Mapping[str, Tensor]) -> None:
-    """Raise CalibrationError unless the point was seen, and rows and weights are finite."""
-    if point.name not in moments:
-        raise CalibrationError(f"{point.name}: no statistics; calibrate the model first")
-    moments[point.name].check(point.name)
-    for name in point.linears:
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(weights[name]))).all()):
-            raise CalibrationError(f"{name}: the weight holds NaN or infinity; skip it by a rule")
-
-
-def measured(fit: Tensor, held: Tensor, settings: Settings) -> Measured:
-    """The rows of `halves` that errors are measured on."""
-    fit, held = fit[: settings.fit_rows], held[: settings.held_rows]
-    return Measured(torch.cat([fit, held]), len(fit))
+def _key(order: np.ndarray | None, rotation: int, clip: float) -> tuple[bytes, int, float]:
+    return b"" if order is None else order.tobytes(), rotation, clip
 
 
 def least(plain: Errors, candidates: Iterable[tuple[_Found, Errors]]) -> _Found | None:
@@ -266,28 +269,3 @@ def least(plain: Errors, candidates: Iterable[tuple[_Found, Errors]]) -> _Found 
         if sum(errors.fit.values()) < lowest:
             best, lowest, held_out = found, sum(errors.fit.values()), sum(errors.held.values())
     return best if best is not None and held_out < sum(plain.held.values()) else None
-
-
-def second_moments(
-    point: Point, rows: Tensor, weights: Mapping[str, Tensor]
-) -> tuple[np.ndarray, np.ndarray]:
-    """E[x_i^2] and mean_n W[n, i]^2 over all rows of all linears, float64 [K]."""
-    sums = sum(
-        torch.linalg.vector_norm(weights[n], dim=0, dtype=torch.float32).double().square()
-        for n in point.linears
-    )
-    assert isinstance(sums, Tensor)
-    count = sum(weights[n].shape[0] for n in point.linears)
-    return rows.square().mean(dim=0).double().cpu().numpy(), (sums / count).cpu().numpy()
-
-
-@contextmanager
-def exact_matmul() -> Iterator[None]:
-    """Real fp32 products on CUDA, whatever the user chose: TF32 would hide what is measured."""
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before

@@ -32,7 +32,7 @@ from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.reference import Quantized, nvfp4_global_scale, quantize
 from pq_fx.kernels.values import element_values, scale_values
-from pq_fx.passes.evaluate import exact_matmul
+from pq_fx.passes.turned import exact_matmul
 
 # Columns whose errors are collected before they are spread over the rest of the matrix.
 _BLOCK = 128

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from pq_fx.passes.choice import OwnSettings, settings_of
-from pq_fx.passes.evaluate import Errors, Measured, PointErrors, check, halves, least, measured
+from pq_fx.passes.evaluate import Errors, PointErrors, least
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Point
+from pq_fx.passes.sampled import Measured, check, halves, measured
 
 ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
 # Channels smaller than this part of the largest count as this large: dead channels get no factor.
@@ -51,10 +52,10 @@ def smooth_scale(
     if first.activation is None or point.one_row:
         return None
     check(point, moments, weights)
-    fit, held = halves(point, moments, weights[point.linears[0]].device)
+    fit, held = halves(point, moments)
     if len(fit) == 0 or len(held) == 0:
         return None
-    rows, fitted = measured(fit, held, first)
+    rows, fitted = measured(fit, held, first, weights[point.linears[0]].device)
     plainly = {  # what a rounding with compensation will do to smoothed weights is not known here
         name: replace(settings_of(settings, name), weight_search=(), weight_part=1.0)
         for name in point.linears

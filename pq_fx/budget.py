@@ -17,7 +17,7 @@ from torch import Tensor
 from pq_fx.errors import ConfigError
 from pq_fx.kernels.formats import Format, get_format
 from pq_fx.kernels.reference import fake_quantize
-from pq_fx.passes.evaluate import exact_matmul
+from pq_fx.passes.turned import exact_matmul
 from pq_fx.scope import Layer
 
 LADDER = ("int3", "int4", "int8")

@@ -24,8 +24,8 @@ from pq_fx.kernels.reference import (
 )
 from pq_fx.modules import ActivationQuantizer
 from pq_fx.passes.choose import PointChoice
-from pq_fx.passes.evaluate import exact_matmul
 from pq_fx.passes.rounding import SecondMoment, gptq, second_moment
+from pq_fx.passes.turned import exact_matmul
 from pq_fx.scope import Layer
 
 # Elements that are rounded at once, and that are turned or multiplied at once, in fp32.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,16 @@ import torch
 from pq_fx.errors import CalibrationError, GraphError
 from pq_fx.kernels.formats import Format, get_format
 from pq_fx.kernels.reference import rotate
+from pq_fx.passes import turned
 from pq_fx.passes.candidates import regroups, rotation_size
 from pq_fx.passes.choose import RegionChoice, Settings, choose
-from pq_fx.passes.evaluate import rotate_by_product
+from pq_fx.passes.evaluate import PointErrors
 from pq_fx.passes.fold import axis_index, fold_tensors
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.observe import observe
 from pq_fx.passes.regions import FoldAxis, Point, Region
+from pq_fx.passes.sampled import Measured
+from pq_fx.passes.turned import rotate_by_product
 
 K = 192
 INT4 = get_format("int4", 64)
@@ -403,3 +408,33 @@ def test_a_rotation_as_one_product_is_the_rotation(rotation: int) -> None:
         got = rotate_by_product(x, rotation)
         torch.testing.assert_close(got, rotate(x, rotation), rtol=1e-5, atol=1e-5)
         assert not torch.allclose(got, rotate(x.flip(-1), rotation), atol=1e-2)
+
+
+def test_clip_ratios_share_one_quantization_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = rng(31)
+    x, w = planted(32, rows=60, channels=128)
+    rows, weight = torch.from_numpy(x).float(), {"w": w, "v": w[:20] * 3}
+    given = settings(get_format("int4", 32), fit_rows=40)
+    order = g.permutation(128)
+    ratios = (1.0, 0.9, 0.8, 1.25)
+
+    def fresh() -> PointErrors:
+        return PointErrors(lambda: Measured(rows, 40), ["w", "v"], weight, given)
+
+    alone = {c: fresh()(order, 32, c) for c in ratios}
+    shared, asked = fresh(), []
+    known = shared(order, 32, 0.9).fit
+    monkeypatch.setattr(shared, "_lost", lambda name, *a: asked.append(name) or _lost(name, *a))
+    _lost = partial(PointErrors._lost, shared)
+    shared.with_clips(order, 32, ratios)
+    assert asked == ["w", "v"] and shared(order, 32, 0.9).fit is known
+    for ratio, errors in alone.items():
+        assert shared(order, 32, ratio).fit == errors.fit
+        assert shared(order, 32, ratio).held == errors.held
+    assert asked == ["w", "v"] * 5  # once for all four, and the other rows one by one
+    with monkeypatch.context() as few:
+        few.setattr(turned, "_CPU_ELEMENTS", 40 * 128)  # two ratios at a time
+        pieces = fresh()
+        pieces.with_clips(order, 32, ratios)
+        for ratio, errors in alone.items():
+            assert pieces(order, 32, ratio).fit == pytest.approx(errors.fit, rel=1e-5)
