@@ -14,15 +14,17 @@ has channels, so U is never made (at K = 15,360 it alone takes 0.9 GiB): for a b
 the columns c that follow it, by Woodbury's identity,
 
     M = (ridge + X_c X_c^T)^-1                      [R, R]
-    U_bb^T U_bb = (ridge (1 + X_b^T M X_b))^-1      [128, 128]
+    V V^T = 1 + X_b^T M X_b                         [128, 128], V upper triangular
+    U_bb = V^-1 / sqrt(ridge)
     U_bc = -U_bb X_b^T M X_c                        = A_b X_c, with A_b [128, R]
 
-and what all earlier errors E add to a later block is (sum E_b A_b) X_c, a running sum [N, R].
+A block's own M comes from that of the block behind it: M - Z Z^T, with Z = M X_b V^-T = -sqrt(ridge) A_b^T.
+What all earlier errors E add to a later block is (sum E_b A_b) X_c, a running sum [N, R].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,24 +93,21 @@ def second_moment(
     with exact_matmul():
         if count > channels:
             x = torch.linalg.qr(x.double(), mode="r").R.float()
-        # From the last block to the first: each needs the rows of what follows it.
-        rest = torch.eye(len(x), dtype=torch.float64, device=x.device) * ridge
-        within, beyond = [], []
+        # From the last block to the first: each needs the inverse for what follows it.
+        inverse = torch.eye(len(x), dtype=torch.float64, device=x.device) / ridge
+        within, beyond, diagonals = [], [], []
         for part in reversed(x.split(_columns(group or channels), dim=1)):
-            u, a = _factor(part.double(), rest, ridge)
-            within.append(u)
-            beyond.append(a)
-            rest.addmm_(part.double(), part.double().T)
-    diagonal = torch.cat([u.diagonal() for u in reversed(within)])
+            u, a = _factor(part.double(), inverse, ridge)
+            diagonal = u.diagonal()
+            within.append((u / diagonal[:, None]).float())
+            beyond.append((a / diagonal[:, None]).float())
+            diagonals.append(diagonal)
     return SecondMoment(
         order,
         x.contiguous(),
-        [(u / u.diagonal()[:, None]).float() for u in reversed(within)],
-        [
-            (a / u.diagonal()[:, None]).float()
-            for u, a in zip(reversed(within), reversed(beyond), strict=True)
-        ],
-        diagonal.square().reciprocal().float(),
+        within[::-1],
+        beyond[::-1],
+        torch.cat(diagonals[::-1]).square().reciprocal().float(),
         group or channels,
     )
 
@@ -118,14 +117,17 @@ def _columns(group: int) -> int:
     return _BLOCK // group * group if group <= _BLOCK else _BLOCK
 
 
-def _factor(x: Tensor, rest: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """U_bb and A_b of a block x fp64 [r, b], where `rest` fp64 [r, r] is ridge + X_c X_c^T of what follows."""
-    lower = torch.linalg.cholesky(rest)
-    y = torch.linalg.solve_triangular(lower, x, upper=False)
-    inner = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).addmm_(y.T, y) * ridge
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inner))
-    u = torch.linalg.cholesky(inverse, upper=True)
-    return u, -u @ torch.linalg.solve_triangular(lower.T, y, upper=True).T
+def _factor(x: Tensor, inverse: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """U_bb and A_b of a block x fp64 [r, b]; `inverse` fp64 [r, r] is M, and becomes that of the block before."""
+    mx = inverse @ x
+    inner = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).addmm_(x.T, mx)
+    # V from the last row up is the lower factor of the matrix read backwards.
+    v = torch.linalg.cholesky(inner.flip(0, 1)).flip(0, 1)
+    z = torch.linalg.solve_triangular(v, mx.T, upper=True)
+    inverse.addmm_(z.T, z, alpha=-1)
+    one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    u = torch.linalg.solve_triangular(v, one, upper=True)
+    return u * ridge**-0.5, z * -(ridge**-0.5)
 
 
 def _order(size: Tensor, group: int, by_size: bool) -> Tensor:
@@ -147,12 +149,14 @@ def gptq(
     *,
     global_scale: Tensor | None = None,
     scale_search: Sequence[float] = (),
+    columns: Callable[..., None] | None = None,
 ) -> Quantized:
     """Round `weight` float [N, K] (in the order and rotation of the rows) to `fmt`.
 
     `global_scale` as in `quantize`; None for nvfp4 takes the weight's own. `scale_search`: ratios
     of the largest magnitude that are tried for each group's scale; the least error, weighted by
-    what each channel's error costs, wins. Returns what `quantize` returns, fp32 arithmetic.
+    what each channel's error costs, wins. `columns` does what `round_columns` does, which is for a CPU.
+    Returns what `quantize` returns, fp32 arithmetic.
 
     Raises:
         FormatError: K is not a multiple of the format's group.
@@ -169,7 +173,9 @@ def gptq(
     if fmt.two_level and global_scale is None:
         global_scale = nvfp4_global_scale(weight.abs().amax())
     with exact_matmul():
-        codes, scale = _round(weight, moment, fmt, global_scale, scale_search)
+        codes, scale = _round(
+            weight, moment, fmt, global_scale, scale_search, columns or round_columns
+        )
     groups = (moment.order[::group] // group).argsort()
     return Quantized(codes, scale[:, groups], global_scale)
 
@@ -180,6 +186,7 @@ def _round(
     fmt: Format,
     global_scale: Tensor | None,
     ratios: Sequence[float],
+    round_some: Callable[..., None],
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, K] and scales [N, K / group], the latter's groups in the order of rounding."""
     values, bounds, points = _elements(fmt, weight.device)
@@ -193,29 +200,57 @@ def _round(
         return columns.addmm_(moment.rows[:, start:end].T, spread.T, alpha=-1)
 
     start = 0
-    factor = divisor = spread.new_ones(len(weight))
+    factor = spread.new_ones(len(weight))
     for within, beyond in zip(moment.within, moment.beyond, strict=True):
         end = start + len(within)
         block = current(start, end)
-        errors = torch.empty_like(block)
-        index = torch.empty(block.shape, dtype=torch.int32, device=block.device)
-        for j, now in enumerate(block):
-            if (start + j) % moment.group == 0:
-                stop = start + j + moment.group
-                part = block[j : j + moment.group] if stop <= end else current(start, stop)
-                cost = moment.cost[start + j : stop]
+        errors, index = torch.empty_like(block), torch.empty_like(block, dtype=torch.int32)
+        # Columns of one group have one scale, and their errors reach the others together.
+        for first in range(0, len(block), moment.group):
+            last = min(first + moment.group, len(block))
+            if (start + first) % moment.group == 0:
+                stop = start + first + moment.group
+                part = block[first:last] if stop <= end else current(start, stop)
+                cost = moment.cost[start + first : stop]
                 stored = _scale(part.T, cost, fmt, global_scale, ratios)
                 scales.append(stored)
                 factor = scale_values(stored, fmt, global_scale).squeeze(1)
-                # A scale of zero (mxfp4's smallest, flushed) holds zeros only.
-                divisor = factor.where(factor > 0, torch.ones_like(factor))
-            torch.bucketize(now / divisor, bounds, out_int32=True, out=index[j])
-            torch.addcmul(now, values.index_select(0, index[j]), factor, value=-1, out=errors[j])
-            block[j + 1 :].addr_(within[j, j + 1 :], errors[j], alpha=-1)
+            some = slice(first, last)
+            round_some(
+                block[some], within[some, some], factor, values, bounds, index[some], errors[some]
+            )
+            block[last:].addmm_(within[some, last:].T, errors[some], alpha=-1)
         codes[:, moment.order[start:end]] = points[index.long()].T
         spread.addmm_(errors.T, beyond)
         start = end
     return codes, torch.cat(scales, dim=1)
+
+
+def round_columns(
+    block: Tensor,
+    within: Tensor,
+    factor: Tensor,
+    values: Tensor,
+    bounds: Tensor,
+    index: Tensor,
+    errors: Tensor,
+) -> None:
+    """Round columns of one scale one after the other, each one's error spread over those that follow.
+
+    Args:
+        block: fp32 [b, N], a column a row; overwritten.
+        within: fp32 [b, b], above the diagonal the share of a column's error that a later one takes.
+        factor: fp32 [N], scales.
+        values: fp32 [v], an element's values in rising order; `bounds` fp32 [v - 1] between them.
+        index: int32 [b, N], set to the indices in `values`.
+        errors: fp32 [b, N], set to what the rounding of each column lost.
+    """
+    # A scale of zero (mxfp4's smallest, flushed) holds zeros only.
+    divisor = factor.where(factor > 0, torch.ones_like(factor))
+    for j, now in enumerate(block):
+        torch.bucketize(now / divisor, bounds, out_int32=True, out=index[j])
+        torch.addcmul(now, values.index_select(0, index[j]), factor, value=-1, out=errors[j])
+        block[j + 1 :].addr_(within[j, j + 1 :], errors[j], alpha=-1)
 
 
 def _scale(

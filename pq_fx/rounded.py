@@ -5,8 +5,11 @@ On a GPU a weight's fp32 copies exist for some of its rows at a time: rows are r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -27,6 +30,8 @@ from pq_fx.passes.choose import PointChoice
 from pq_fx.passes.rounding import SecondMoment, gptq, second_moment
 from pq_fx.passes.turned import exact_matmul
 from pq_fx.scope import Layer
+
+log = logging.getLogger("pq_fx")
 
 # Elements that are rounded at once, and that are turned or multiplied at once, in fp32.
 _ROUNDED = 1 << 25
@@ -175,11 +180,27 @@ def _rounded(layer: Layer, weight: Tensor, rows: Rows) -> Packed:
         turned = rows.turned(part)
         if recipe.compensate:
             moment = rows.moment(fmt.group_size)
-            found.append(gptq(turned, moment, fmt, global_scale=scale, scale_search=tried))
+            columns = _columns(weight.device.type)
+            found.append(
+                gptq(turned, moment, fmt, global_scale=scale, scale_search=tried, columns=columns)
+            )
         else:
             found.append(quantize(turned, fmt, global_scale=scale, scale_search=tried))
     codes, scales = torch.cat([q.codes for q in found]), torch.cat([q.scale for q in found])
     return Packed(Quantized(codes, scales, scale), branch)
+
+
+@cache
+def _columns(kind: str) -> Callable[..., None] | None:
+    """What rounds a group's columns on this kind of device: on a GPU one kernel, which needs Triton."""
+    if kind != "cuda":
+        return None
+    if find_spec("triton") is None:
+        log.warning("Triton is not installed: weights are rounded column by column, which is slow")
+        return None
+    from pq_fx.kernels.round_columns import round_columns
+
+    return round_columns
 
 
 def _split(weight: Tensor, elements: int) -> Sequence[Tensor]:
