@@ -113,13 +113,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--keys", nargs="*", default=["int4:64:bf16"])
+    parser.add_argument("--few", action="store_true", help="few rows only")
     parser.add_argument("--sweep", action="store_true", help="block sizes of the one-row kernel")
     args = parser.parse_args()
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "many_rows": many_rows(args.keys),
+        "many_rows": [] if args.few else many_rows(args.keys),
         "few_rows": few_rows(args.keys, args.sweep),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ views, 0 and 1 rows; outputs are poisoned before each call (PyTorch's fill of un
 The first failure or NaN stops the run with an error that names the case.
 
 --random N tries N more random shapes a kernel and counts what is wrong (bench/random_shapes.py);
---canaries puts guard bytes around every input and output of those.
+--canaries puts guard bytes around every input and output of those. --only takes kernels whose name holds a word.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
@@ -57,21 +58,24 @@ def run_one(name: str, key: str, small: bool, seed: int, call: Call) -> list[dic
     return list(GROUPS[name](key, small, call))
 
 
-def run(small: bool, seed: int, jobs: int = 1, call: Call = on_cuda) -> list[dict[str, Any]]:
-    """All checks, in `jobs` processes (most of the time is Triton compiling)."""
-    tasks = list(product(GROUPS, SMALL_KEYS if small else KEYS))
+def run(
+    small: bool, seed: int, jobs: int = 1, call: Call = on_cuda, only: Sequence[str] = ("",)
+) -> list[dict[str, Any]]:
+    """The checks of ops that `only` names, in `jobs` processes (most of the time is Triton compiling)."""
+    names = [name for name in GROUPS if any(word in name for word in only)]
+    tasks = list(product(names, SMALL_KEYS if small else KEYS))
     if jobs > 1:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=context) as pool:
             futures = [pool.submit(run_one, *task, small, seed, call) for task in tasks]
-            names = dict(zip(futures, tasks, strict=True))
+            of = dict(zip(futures, tasks, strict=True))
             for future in as_completed(futures):
                 failed = future.exception()
-                print(f"{names[future]} {'FAILED ' + str(failed) if failed else 'ok'}", flush=True)
+                print(f"{of[future]} {'FAILED ' + str(failed) if failed else 'ok'}", flush=True)
             found = [future.result() for future in futures]
     else:
         found = [run_one(*task, small, seed, call) for task in tasks]
-    for name in GROUPS:
+    for name in names:
         part = [c for (n, _), cs in zip(tasks, found, strict=True) for c in cs if n == name]
         worst = max(c.get("codes_differ", c.get("relative_error", 0.0)) for c in part)
         print(f"{name}: {len(part)} checks, worst {worst:.2e}", flush=True)
@@ -92,13 +96,14 @@ def main() -> None:
     )
     parser.add_argument("--only-random", action="store_true", help="leave the fixed checks out")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--only", nargs="+", default=[""], help="words of kernels' names")
     args = parser.parse_args()
     import triton
 
     begin = time.perf_counter()
     call = interpreted if args.interpret else on_cuda
     device = "cpu" if args.interpret else "cuda"
-    checks = [] if args.only_random else run(args.small, args.seed, args.jobs, call)
+    checks = [] if args.only_random else run(args.small, args.seed, args.jobs, call, args.only)
     result: dict[str, Any] = {
         "device": "Triton interpreter" if args.interpret else torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -107,7 +112,7 @@ def main() -> None:
     }
     if args.random:
         result["random_shapes"] = random_shapes.run(
-            args.random, args.seed, args.jobs, device, args.canaries
+            args.random, args.seed, args.jobs, device, args.canaries, args.only
         )
     result["seconds"] = round(time.perf_counter() - begin, 1)
     args.out.parent.mkdir(parents=True, exist_ok=True)

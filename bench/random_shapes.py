@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from typing import Any
@@ -261,12 +261,15 @@ def bucket(kernel: str, seed: int, count: int, device: str, canaries: bool) -> d
     return found
 
 
-def run(shapes: int, seed: int, jobs: int, device: str, canaries: bool) -> dict[str, Any]:
-    """About `shapes` shapes of every kernel: {kernel: {"tried", "wrong", "worst", "errors"}}."""
+def run(
+    shapes: int, seed: int, jobs: int, device: str, canaries: bool, only: Sequence[str] = ("",)
+) -> dict[str, Any]:
+    """About `shapes` shapes of every kernel that `only` names: {kernel: {"tried", "wrong", "worst", "errors"}}."""
     buckets = max(1, round(shapes / A_BUCKET))
     each = min(A_BUCKET, shapes)
-    tasks = [(kernel, seed * 1000 + i) for kernel in KERNELS for i in range(buckets)]
-    total = {k: {"tried": 0, "wrong": 0, "worst": 0.0, "errors": []} for k in KERNELS}
+    kernels = [kernel for kernel in KERNELS if any(word in kernel for word in only)]
+    tasks = [(kernel, seed * 1000 + i) for kernel in kernels for i in range(buckets)]
+    total = {k: {"tried": 0, "wrong": 0, "worst": 0.0, "errors": []} for k in kernels}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) if jobs > 1 else nullcontext() as pool:
         if pool is None:
