@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--beside", default="nothing", help="what else the machine did, noted")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--method", default="permuquant-h")
-    parser.add_argument("--limit", type=int, default=150, help="seconds a variant may take")
+    parser.add_argument("--limit", type=int, default=150, help="seconds of a row, conversion apart")
     parser.add_argument("--tiny", action="store_true", help="a narrow model, to try the script")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
@@ -284,11 +284,11 @@ def main() -> None:
 def guarded(bench: Bench, variant: str, size: tuple[int, int]) -> dict[str, Any]:
     """The row, or what stopped it: an error of pq_fx or torch, or the time limit."""
     place = {"label": variant, "size": "{}x{}".format(*size)}
+    bench.get(variant.partition("+")[0])
     signal.alarm(bench.args.limit)
     try:
         return place | bench.run(variant, size)
     except (RuntimeError, pq_fx.errors.PQError, TooLong) as error:
-        bench.model = None
         return place | {"error": f"{type(error).__name__}: {error}"[:600]}
     finally:
         signal.alarm(0)
