@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from bench_gemm import packed_weight
 from gemlite.helper import A16W4_HQQ_INT, A8W4_HQQ_INT_dynamic
-from timing import device_microseconds
+from timing import device_microseconds, made_with
 
 from pq_fx.kernels.activation_quantize import quantize
 from pq_fx.kernels.formats import Format
@@ -99,9 +98,7 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true", help="compile only, time nothing")
     args = parser.parse_args()
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **made_with(),
         "gemlite": version("gemlite"),
         "rows": [],
     }

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
-from timing import copy_bandwidth, device_microseconds, host_microseconds
+from timing import copy_bandwidth, device_microseconds, host_microseconds, made_with
 
 from pq_fx.kernels.decode import Packed, decode_e4m3
 from pq_fx.kernels.formats import Format
@@ -117,9 +116,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="block sizes of the one-row kernel")
     args = parser.parse_args()
     result = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **made_with(),
         "many_rows": [] if args.few else many_rows(args.keys),
         "few_rows": few_rows(args.keys, args.sweep),
     }

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from timing import copy_bandwidth, device_microseconds, host_microseconds
+from timing import copy_bandwidth, device_microseconds, host_microseconds, made_with
 
 from pq_fx.kernels.activation_quantize import act_quantize
 from pq_fx.kernels.norm_quantize import norm_quantize
@@ -75,9 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **made_with(),
         "copy_bytes_per_us": round(bandwidth),
         "results": [],
     }

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from bench_gemm import SHAPES, packed_weight
-from timing import device_microseconds
+from timing import device_microseconds, made_with
 
 from pq_fx.kernels.codes import code_value
 from pq_fx.kernels.decode import Packed, decode_e4m3
@@ -244,9 +244,7 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true", help="compile only, time nothing")
     args = parser.parse_args()
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **made_with(),
     }
     if not args.warm:
         result["blocks_us"] = {kind: block_times(kind, 6) for kind in BLOCKS}

@@ -40,6 +40,7 @@ from kernel_cases import (
     quantize_cases,
     weight_only_cases,
 )
+from timing import made_with
 
 GROUPS = {
     "quantize": quantize_cases,
@@ -98,16 +99,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--only", nargs="+", default=[""], help="words of kernels' names")
     args = parser.parse_args()
-    import triton
-
     begin = time.perf_counter()
     call = interpreted if args.interpret else on_cuda
     device = "cpu" if args.interpret else "cuda"
     checks = [] if args.only_random else run(args.small, args.seed, args.jobs, call, args.only)
     result: dict[str, Any] = {
-        "device": "Triton interpreter" if args.interpret else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **made_with("Triton interpreter" if args.interpret else "cuda"),
         "seed": args.seed,
     }
     if args.random:

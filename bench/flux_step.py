@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from step_models import MODELS, build, repeated_blocks, step_inputs
 from step_profile import by_class, floor_ms, kernel_times, work
+from timing import made_with
 from torch import nn
 
 import pq_fx
@@ -254,9 +254,7 @@ def main() -> None:
     args = parser.parse_args()
     bench = Bench(args)
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **made_with(args.device),
         **{k: getattr(args, k) for k in ("model", "layers", "sizes", "method", "beside")},
         "rows": [],
         "notes": bench.notes,

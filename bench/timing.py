@@ -1,4 +1,4 @@
-"""How the benches time: CUDA graphs over several input sets; neither host nor L2 shows."""
+"""How the benches time: CUDA graphs over several input sets; neither host nor L2 shows. And what a result names."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+import triton
 
 Call = Callable[[], object]
+
+
+def made_with(device: str = "cuda") -> dict[str, str]:
+    """The head of a result: the device's name (a CPU's is "cpu"), torch, triton."""
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    return {"device": name, "torch": torch.__version__, "triton": triton.__version__}
 
 
 def device_microseconds(calls: Sequence[Call], repeats: int = 12, replays: int = 7) -> float:

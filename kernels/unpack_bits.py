@@ -91,6 +91,11 @@ _E2M1_BF16 = tl.constexpr(
 _E2M1_FP16 = tl.constexpr(
     _assembly("and.b32 m, n, 0x00070007; shl.b32 m, m, 9;", "f16x2", 0x74007400, 0x80008000)
 )
+# Types of what comes out, as many as there are outputs.
+_TWO_BF16 = tl.constexpr((tl.bfloat16,) * 2)
+_TWO_FP16 = tl.constexpr((tl.float16,) * 2)
+_EIGHT_BF16 = tl.constexpr((tl.bfloat16,) * 8)
+_EIGHT_FP16 = tl.constexpr((tl.float16,) * 8)
 
 
 @triton.jit
@@ -99,21 +104,15 @@ def unpack_nibbles(packed, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
     if _INTERPRETED:
         low = code_value(packed & 15, ELEMENT).to(DTYPE)
         high = code_value(packed >> 4, ELEMENT).to(DTYPE)
-    elif DTYPE == tl.bfloat16:  # noqa: SIM300
-        low, high = tl.inline_asm_elementwise(
-            _INT4_BF16 if ELEMENT == "int4" else _E2M1_BF16,
-            "=r,=r,=r,=r,r",
-            [packed],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
     else:
+        is_bf16: tl.constexpr = DTYPE == tl.bfloat16  # noqa: SIM300
+        int4: tl.constexpr = _INT4_BF16 if is_bf16 else _INT4_FP16
+        e2m1: tl.constexpr = _E2M1_BF16 if is_bf16 else _E2M1_FP16
         low, high = tl.inline_asm_elementwise(
-            _INT4_FP16 if ELEMENT == "int4" else _E2M1_FP16,
+            int4 if ELEMENT == "int4" else e2m1,
             "=r,=r,=r,=r,r",
             [packed],
-            dtype=(tl.float16, tl.float16),
+            dtype=_TWO_BF16 if is_bf16 else _TWO_FP16,
             is_pure=True,
             pack=4,
         )
@@ -135,39 +134,13 @@ def unpack_eights(magnitude, sign, DTYPE: tl.constexpr):
             _int3_value(m, s, 6).to(DTYPE),
             _int3_value(m, s, 7).to(DTYPE),
         )
-    elif DTYPE == tl.bfloat16:  # noqa: SIM300
-        return tl.inline_asm_elementwise(
-            _INT3_BF16,
-            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
-            [magnitude, sign],
-            dtype=(
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-            ),
-            is_pure=True,
-            pack=4,
-        )
     else:
+        is_bf16: tl.constexpr = DTYPE == tl.bfloat16  # noqa: SIM300
         return tl.inline_asm_elementwise(
-            _INT3_FP16,
+            _INT3_BF16 if is_bf16 else _INT3_FP16,
             "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
             [magnitude, sign],
-            dtype=(
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-            ),
+            dtype=_EIGHT_BF16 if is_bf16 else _EIGHT_FP16,
             is_pure=True,
             pack=4,
         )
