@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from pq_fx.config import QuantConfig
+from pq_fx.fitting_table import Column, FittingTable
 
 TREATMENTS = ("quantize", "weight_only", "leave")
 ABSORBS = ("fold", "stream", "norm", "quantize")
@@ -172,7 +171,7 @@ class Inspection:
             )
         return "\n".join(lines)
 
-    def _table(self, title: str, rows: Iterable[LinearInspection]) -> Table:
+    def _table(self, title: str, rows: Iterable[LinearInspection]) -> FittingTable:
         """One line for each kind of linear: numbers in names are replaced by `*`."""
         kinds: dict[tuple[Any, ...], list[LinearInspection]] = {}
         for r in rows:
@@ -187,25 +186,27 @@ class Inspection:
                 r.skip_reason,
             )
             kinds.setdefault(key, []).append(r)
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-        table.add_column("linear", overflow="fold")
-        table.add_column("number", justify="right")
-        table.add_column("in x out", justify="right", no_wrap=True)
-        quantized = title == "Quantized"
-        for name in ("weight", "input", "absorb") if quantized else ("reason",):
-            table.add_column(name, overflow="fold", no_wrap=name == "absorb")
-        table.add_column("FLOPs", justify="right", no_wrap=True)
-        table.add_column("parameters", justify="right", no_wrap=True)
-        for (name, n_in, n_out, weight, activation, absorb, reason), members in kinds.items():
-            middle = (
-                (weight, activation or "16 bit", absorb or "") if quantized else (reason or "",)
-            )
-            table.add_row(
-                name, str(len(members)), f"{n_in} x {n_out}", *middle,
-                f"{100 * sum(r.flops for r in members) / max(self.gemm_flops, 1):.2f} %",
-                f"{100 * sum(r.parameters for r in members) / max(self.parameters, 1):.2f} %",
-            )  # fmt: skip
-        return table
+        columns = [
+            Column("linear", [key[0] for key in kinds], folds=True),
+            Column("number", [str(len(members)) for members in kinds.values()], 3, right=True),
+            Column("in x out", [f"{key[1]} x {key[2]}" for key in kinds], 2, right=True),
+        ]
+        if title == "Quantized":
+            columns += [
+                Column("weight", [key[3] or "" for key in kinds], 1),
+                Column("input", [key[4] or "16 bit" for key in kinds], 1),
+                Column("absorb", [key[5] or "" for key in kinds], 4),
+            ]
+        else:
+            columns.append(Column("reason", [key[6] or "" for key in kinds], folds=True))
+        for name, size, whole in (
+            ("FLOPs", "flops", self.gemm_flops),
+            ("parameters", "parameters", self.parameters),
+        ):
+            shares = [sum(getattr(r, size) for r in members) for members in kinds.values()]
+            cells = [f"{100 * share / max(whole, 1):.2f} %" for share in shares]
+            columns.append(Column(name, cells, 0 if name == "FLOPs" else 5, right=True))
+        return FittingTable(title, columns)
 
 
 _NAMES = {"quantize": "quantized", "weight_only": "weights only", "leave": "16 bits"}

@@ -115,6 +115,11 @@ def _from_folder(folder: Path) -> tuple[str, dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(f"{folder} has no config.json")
     stored = read_config(str(path))
+    if "quantization_config" in stored:
+        raise ConfigError(
+            f"{folder} is quantized already; inspect the float model that it was made from, or its class. "
+            "`pq-fx report` tells what became of each layer"
+        )
     name = stored.get("_class_name") or next(iter(stored.get("architectures") or []), None)
     if name is None:
         raise ConfigError(f"{path} names no class (neither _class_name nor architectures)")

@@ -229,7 +229,7 @@ def prepare(
         raise ConfigError(f"expected an nn.Module, found {type(model).__name__}")
     if quantized_linears(inner):
         raise CalibrationError(
-            "this model has quantized linears already; prepare expects the float model"
+            "this model has quantized linears already; prepare expects the float model that it was made from"
         )
     settings = QuantConfig.of(config)
     if isinstance(statistics, (str, os.PathLike)):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
 from pq_fx.config import QuantConfig
 from pq_fx.errors import PQError
+from pq_fx.fitting_table import Column, FittingTable
 
 REPORT_VERSION = 1
 _ATTRIBUTE = "quantization_report"
@@ -219,41 +218,49 @@ class Report:
         return captured.get()
 
 
-def _layer_table(layers: Sequence[LayerReport]) -> Table:
-    table = Table(title="Quantized linears", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("layer", overflow="fold")
-    for name in ("in x out", "weight", "input", "region", "absorbed", "alpha", "rot."):
-        table.add_column(name, no_wrap=True, justify="right" if name == "in x out" else "left")
-    for name in ("error before", "after", "change"):
-        table.add_column(name, justify="right", no_wrap=True)
+def _layer_table(layers: Sequence[LayerReport]) -> FittingTable:
     regions = list(dict.fromkeys(layer.region for layer in layers if layer.region is not None))
-    for layer in layers:
-        before, after = layer.error_before, layer.error_after
-        table.add_row(
-            layer.fqn,
-            f"{layer.in_features} x {layer.out_features}",
-            layer.format or "",
-            layer.activation_format or "16 bit",
-            "" if layer.region is None else str(regions.index(layer.region) + 1),
-            "" if layer.absorb in (None, "none") else layer.absorb,
-            "" if layer.alpha is None else f"{layer.alpha:g}",
-            str(layer.rotation) if layer.rotation else "",
-            _error(before),
-            _error(after),
-            "" if not before or after is None else f"{100 * (after / before - 1):+.1f} %",
-        )
-    return table
+
+    def column(
+        name: str, cell: Callable[[LayerReport], str], rank: int, right: bool = False
+    ) -> Column:
+        return Column(name, [cell(layer) for layer in layers], rank, right)
+
+    return FittingTable(
+        "Quantized linears",
+        [
+            _names(layers),
+            column("in x out", _shape, 5, right=True),
+            column("weight", lambda r: r.format or "", 3),
+            column("input", lambda r: r.activation_format or "16 bit", 4),
+            column("region", lambda r: str(regions.index(r.region) + 1) if r.region else "", 7),
+            column("absorbed", lambda r: "" if r.absorb in (None, "none") else str(r.absorb), 6),
+            column("alpha", lambda r: "" if r.alpha is None else f"{r.alpha:g}", 9),
+            column("rot.", lambda r: str(r.rotation) if r.rotation else "", 8),
+            column("error before", lambda r: _error(r.error_before), 2, right=True),
+            column("error after", lambda r: _error(r.error_after), 0, right=True),
+            column("change", _change, 1, right=True),
+        ],
+    )
 
 
-def _skip_table(layers: Sequence[LayerReport]) -> Table:
-    table = Table(title="Left in float", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("layer", overflow="fold")
-    table.add_column("in x out", justify="right", no_wrap=True)
-    table.add_column("reason", overflow="fold")
-    for layer in layers:
-        shape = f"{layer.in_features} x {layer.out_features}"
-        table.add_row(layer.fqn, shape, layer.skip_reason or "")
-    return table
+def _skip_table(layers: Sequence[LayerReport]) -> FittingTable:
+    reasons = Column("reason", [layer.skip_reason or "" for layer in layers], folds=True)
+    shapes = Column("in x out", [_shape(layer) for layer in layers], right=True)
+    return FittingTable("Left in float", [_names(layers), shapes, reasons])
+
+
+def _names(layers: Sequence[LayerReport]) -> Column:
+    return Column("layer", [layer.fqn for layer in layers], folds=True)
+
+
+def _shape(layer: LayerReport) -> str:
+    return f"{layer.in_features} x {layer.out_features}"
+
+
+def _change(layer: LayerReport) -> str:
+    before, after = layer.error_before, layer.error_after
+    return "" if not before or after is None else f"{100 * (after / before - 1):+.1f} %"
 
 
 def _layer(row: Mapping[str, Any]) -> LayerReport:

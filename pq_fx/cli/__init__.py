@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 
 from pq_fx.cli import compare, demo, inspect, quantize, report
@@ -29,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if arguments.debug:
-            raise
-        print(_paragraph(error), file=sys.stderr)
+            traceback.print_exc()
+        else:
+            print(_paragraph(error), file=sys.stderr)
         return 2 if isinstance(error, FORESEEN) else 1
 
 

@@ -53,11 +53,13 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
         "--num-prompts", type=positive, metavar="N", help="use the first N of the prompts"
     )
     group.add_argument(
-        "--steps", type=positive, metavar="N", help="a picture; default: the pipeline's"
+        "--steps", type=positive, metavar="N", help="steps a picture; default: the pipeline's"
     )
     for side in ("--height", "--width"):
         group.add_argument(side, type=positive, metavar="N", help="pixels; default: the pipeline's")
-    group.add_argument("--seed", type=int, default=0, help="of the first picture; others follow")
+    group.add_argument(
+        "--seed", type=int, default=0, help="of the first picture; the next has the next number"
+    )
     group.add_argument(
         "--call",
         action="append",
@@ -87,7 +89,7 @@ def add_where(command: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--offload",
         action="store_true",
-        help="keep the pipeline on the CPU and move one model at a time, where DEVICE does not hold them all",
+        help="keep the pipeline on the CPU and move one model at a time to DEVICE, if that cannot hold them all",
     )
     where.add_argument(
         "--dtype",
@@ -111,6 +113,16 @@ def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
         found: torch.dtype = getattr(torch, arguments.dtype)
         return found
     return torch.float32 if kind == "cpu" else torch.bfloat16
+
+
+def printed(what: object) -> None:
+    """Print a table or text on stdout: as wide as the terminal, or as it needs to be where that is none."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 200)
+    console.print(what, highlight=False)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from pq_fx.cli.common import add_command, positive
+from pq_fx.cli.common import add_command, positive, printed
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -46,8 +46,6 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     import pq_fx
     from pq_fx.example_inputs import InputSizes
     from pq_fx.model_source import find_model
@@ -61,4 +59,4 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=1))
     else:
-        Console().print(found)
+        printed(found)

@@ -12,6 +12,7 @@ from pq_fx.cli.common import (
     add_where,
     dtype_of,
     logged,
+    printed,
     sampling_of,
 )
 
@@ -51,7 +52,10 @@ def register(commands: argparse._SubParsersAction) -> None:
         help='further fields of QuantConfig, e.g. \'{"modules_to_not_convert": ["proj_out"]}\'',
     )
     what.add_argument(
-        "--component", default="transformer", metavar="NAME", help="of the pipeline, to quantize"
+        "--component",
+        default="transformer",
+        metavar="NAME",
+        help="the part of the pipeline to quantize",
     )
     drawn = command.add_argument_group("calibration")
     drawn.add_argument(
@@ -80,6 +84,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     # Everything that can be wrong with the arguments shows before anything is loaded.
     config = _config(arguments)
     folder = pipelines.check_folder(arguments.model, arguments.component)
+    pipelines.check_float(folder / arguments.component)
     pipelines.check_out(arguments.out, arguments.overwrite, folder)
     gathered = _gathered(arguments)
     prompts = _prompts(arguments, config, gathered)
@@ -108,7 +113,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     report = quantizer.convert()
     with pipelines.new_folder(arguments.out, arguments.overwrite, folder) as fresh:
         pipe.save_pretrained(fresh)
-    Console().print(report)
+    printed(report)
     console.print(f"saved: {arguments.out}", highlight=False)
 
 

@@ -65,7 +65,7 @@ def check_folder(folder: str | os.PathLike[str], component: str | None = None) -
         if (path / "config.json").is_file():
             hint = " It holds a single model; give the pipeline's folder above it."
         raise PipelineError(
-            f"{path} has no {INDEX_FILE}: not a diffusers pipeline.{hint}"
+            f"{path} has no {INDEX_FILE}; expected a diffusers pipeline, as pipe.save_pretrained writes it.{hint}"
         ) from error
     except (OSError, ValueError) as error:
         raise PipelineError(f"{path / INDEX_FILE} cannot be read: {error}") from error
@@ -75,6 +75,23 @@ def check_folder(folder: str | os.PathLike[str], component: str | None = None) -
             f"the pipeline in {path} has no component {component!r}; it has {', '.join(names)}"
         )
     return path
+
+
+def check_float(folder: Path) -> None:
+    """Raise PipelineError where a component's folder names a quantization; nothing is loaded."""
+    file = folder / "config.json"
+    try:
+        plain = strict_json.read(file)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{file} cannot be read: {error}") from error
+    found = plain.get("quantization_config") if isinstance(plain, dict) else None
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise PipelineError(
+            f"{folder} is quantized already ({method}); expected the float model that it was made from"
+        )
 
 
 def load(
@@ -92,6 +109,10 @@ def load(
 
     path = check_folder(folder)
     diffusers.utils.logging.disable_progress_bar()
+    if diffusers.utils.is_transformers_available():
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype)
     except PQError:

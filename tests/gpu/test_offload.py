@@ -11,7 +11,8 @@ import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-pipelines = pytest.importorskip("pipelines")
+pytest.importorskip("diffusers")
+import pipelines  # noqa: E402
 from diffusers import DiffusionPipeline  # noqa: E402
 
 from pq_fx.modules import quantized_linears  # noqa: E402

@@ -11,7 +11,8 @@ import torch
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-pipelines = pytest.importorskip("pipelines")
+pytest.importorskip("diffusers")
+import pipelines  # noqa: E402
 import torchrun  # noqa: E402
 from diffusers import DiffusionPipeline, FluxTransformer2DModel  # noqa: E402
 from small_calls import CONFIG, block, calls, gathered  # noqa: E402

@@ -39,10 +39,14 @@ def test_an_unforeseen_error_says_how_to_see_more(monkeypatch, capsys):
     assert "Traceback" not in err
 
 
-def test_debug_raises(monkeypatch):
-    failing(monkeypatch, CheckpointError("the folder is empty"))
-    with pytest.raises(CheckpointError):
-        cli.main(["demo", "--out", "x", "--debug"])
+@pytest.mark.parametrize(
+    ("error", "code"), [(CheckpointError("the folder is empty"), 2), (ZeroDivisionError("x"), 1)]
+)
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(error, code, monkeypatch, capsys):
+    failing(monkeypatch, error)
+    assert cli.main(["demo", "--out", "x", "--debug"]) == code
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and str(error) in err and "in broken" in err
 
 
 def test_an_interruption_is_exit_code_130(monkeypatch, capsys):
