@@ -53,9 +53,11 @@ class FittingTable:
     def _table(self, shown: Sequence[Column]) -> Table:
         table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD)
         for column in shown:
-            justify = "right" if column.right else "left"
             table.add_column(
-                column.name, justify=justify, no_wrap=not column.folds, overflow="fold"
+                column.name,
+                justify="right" if column.right else "left",
+                no_wrap=not column.folds,
+                overflow="fold",
             )
         for row in zip(*(column.cells for column in shown), strict=True):
             table.add_row(*row)
