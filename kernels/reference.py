@@ -24,8 +24,10 @@ from pq_fx.kernels.values import (
     E4M3_MAX,
     ROW_SCALE_FLOOR,
     apply_scale,
+    element_codes,
     element_values,
     fold_scale,
+    nearest_elements,
     round_bf16,
     scale_values,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "e4m3_operand",
     "element_values",
     "fake_quantize",
+    "nearest",
     "nvfp4_global_scale",
     "permute_rotate",
     "quantize",
@@ -107,18 +110,10 @@ def quantize(
     Raises:
         FormatError: K is not a multiple of the group, or a global scale for another format.
     """
-    channels = x.shape[-1]
-    fmt.check_channels(channels)
-    if global_scale is not None and not fmt.two_level:
-        raise FormatError(f"{fmt.key} has no global scale; only nvfp4 has two-level scaling")
-    groups = x.float().unflatten(-1, (fmt.groups(channels), fmt.group_size or channels))
-    amax = groups.abs().amax(dim=-1, keepdim=True)
-    amax = torch.where(amax.isinf(), math.nan, amax)
-    if clip is not None:
-        amax = amax * clip.float()
+    groups, amax = _groups(x, fmt, global_scale, clip)
     if len(scale_search) == 0:
         scale = _group_scale(groups, amax, fmt, global_scale)
-        codes = _encode(groups, scale, fmt, global_scale)
+        codes = element_codes(_scaled(groups, scale, fmt, global_scale), fmt)
     else:
         codes, scale = _search(groups, amax, fmt, global_scale, scale_search)
     return Quantized(codes.flatten(-2), scale.squeeze(-1), global_scale)
@@ -139,8 +134,35 @@ def fake_quantize(
     clip: Tensor | None = None,
 ) -> Tensor:
     """Quantize and dequantize: `x` as its format represents it, in x's dtype."""
+    if len(scale_search) == 0:
+        return nearest(x, fmt, global_scale=global_scale, clip=clip)[0].to(x.dtype)
     q = quantize(x, fmt, global_scale=global_scale, scale_search=scale_search, clip=clip)
     return dequantize(q, fmt, x.dtype)
+
+
+def nearest(
+    x: Tensor, fmt: Format, *, global_scale: Tensor | None = None, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `quantize` and `dequantize` make of x, fp32 [..., K], and the stored scales: half the operations, since no
+    code points are made on the way (a zero's sign may differ)."""
+    groups, amax = _groups(x, fmt, global_scale, clip)
+    scale = _group_scale(groups, amax, fmt, global_scale)
+    elements = nearest_elements(_scaled(groups, scale, fmt, global_scale), fmt)
+    return (elements * scale_values(scale, fmt, global_scale)).flatten(-2), scale.squeeze(-1)
+
+
+def _groups(
+    x: Tensor, fmt: Format, global_scale: Tensor | None, clip: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """x as groups fp32 [..., G, g], and their largest magnitudes [..., G, 1], NaN for an infinity."""
+    channels = x.shape[-1]
+    fmt.check_channels(channels)
+    if global_scale is not None and not fmt.two_level:
+        raise FormatError(f"{fmt.key} has no global scale; only nvfp4 has two-level scaling")
+    groups = x.float().unflatten(-1, (fmt.groups(channels), fmt.group_size or channels))
+    amax = groups.abs().amax(dim=-1, keepdim=True)
+    amax = torch.where(amax.isinf(), math.nan, amax)
+    return groups, amax if clip is None else amax * clip.float()
 
 
 def e4m3_operand(q: Quantized, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -241,36 +263,16 @@ def _pow2_scale(groups: Tensor, amax: Tensor, fmt: Format) -> Tensor:
     return torch.where(better, scale * 0.5, scale).to(torch.bfloat16)
 
 
-def _encode(groups: Tensor, scale: Tensor, fmt: Format, global_scale: Tensor | None) -> Tensor:
-    """Code points uint8 [..., G, g] of groups under stored scales [..., G, 1]."""
-    top = fmt.max_value
-    if fmt.element == "e2m1":
-        if fmt.scale == "e4m3":
-            one = torch.ones((), dtype=torch.float32, device=groups.device)
-            # A product with the reciprocal, in torchao's order: (1 / global) / scale.
-            numerator = one if global_scale is None else one / global_scale.float()
-            scaled = groups * (numerator / scale.float())
-        else:
-            scaled = groups / scale_values(scale, fmt).clamp(min=_MIN_NORMAL)
-        return _encode_e2m1(scaled)
-    scaled = groups / scale.float()
-    if fmt.element == "e4m3":
-        return scaled.clamp(-top, top).to(torch.float8_e4m3fn).view(torch.uint8)
-    integer = scaled.round().clamp(-top, top)
-    if fmt.element == "int8":
-        return integer.to(torch.int8).view(torch.uint8)
-    sign_bit = float(1 << (fmt.bits - 1))
-    # -0.0 < 0 is false, so no code point is a negative zero.
-    return (integer.abs() + torch.where(integer < 0, sign_bit, 0.0)).to(torch.uint8)
-
-
-def _encode_e2m1(scaled: Tensor) -> Tensor:
-    """e2m1 code points, nearest even, saturating; negative zeros keep their sign as in torchao."""
-    a = scaled.abs().clamp(max=6.0)
-    # Steps of the representable values: 0.5 below 2, 1 below 4, 2 above.
-    upper = torch.where(a < 4.0, a.round() + 2.0, (a * 0.5).round() + 4.0)
-    code = torch.where(a < 2.0, (a * 2.0).round(), upper)
-    return (code + torch.where(scaled.signbit(), 8.0, 0.0)).to(torch.uint8)
+def _scaled(groups: Tensor, scale: Tensor, fmt: Format, global_scale: Tensor | None) -> Tensor:
+    """Groups [..., G, g] in units of their stored scales [..., G, 1]."""
+    if fmt.element != "e2m1":
+        return groups / scale.float()
+    if fmt.scale != "e4m3":
+        return groups / scale_values(scale, fmt).clamp(min=_MIN_NORMAL)
+    one = torch.ones((), dtype=torch.float32, device=groups.device)
+    # A product with the reciprocal, in torchao's order: (1 / global) / scale.
+    numerator = one if global_scale is None else one / global_scale.float()
+    return groups * (numerator / scale.float())
 
 
 def _search(
@@ -285,7 +287,7 @@ def _search(
     for ratio in ratios:
         clipped = amax * ratio
         scale = _group_scale(groups, clipped, fmt, global_scale)
-        codes = _encode(groups, scale, fmt, global_scale)
+        codes = element_codes(_scaled(groups, scale, fmt, global_scale), fmt)
         values = element_values(codes, fmt) * scale_values(scale, fmt, global_scale)
         error = (values - groups).square().sum(dim=-1, keepdim=True)
         if best_codes is None or best_scale is None or best_error is None:

@@ -47,6 +47,43 @@ def element_values(codes: Tensor, fmt: Format) -> Tensor:
     return torch.where(codes >= sign_bit, -magnitude, magnitude)
 
 
+def element_codes(scaled: Tensor, fmt: Format) -> Tensor:
+    """Code points uint8 of values in units of their scale: nearest even, saturating."""
+    top = fmt.max_value
+    if fmt.element == "e2m1":
+        return _e2m1_codes(scaled)
+    if fmt.element == "e4m3":
+        return scaled.clamp(-top, top).to(torch.float8_e4m3fn).view(torch.uint8)
+    integer = scaled.round().clamp(-top, top)
+    if fmt.element == "int8":
+        return integer.to(torch.int8).view(torch.uint8)
+    sign_bit = float(1 << (fmt.bits - 1))
+    # -0.0 < 0 is false, so no code point is a negative zero.
+    return (integer.abs() + torch.where(integer < 0, sign_bit, 0.0)).to(torch.uint8)
+
+
+def nearest_elements(scaled: Tensor, fmt: Format) -> Tensor:
+    """``element_values(element_codes(scaled))`` without code points, but for the sign of a zero; NaN stays NaN."""
+    top = fmt.max_value
+    if fmt.element == "e4m3":
+        return scaled.clamp(-top, top).to(torch.float8_e4m3fn).float()
+    if fmt.element != "e2m1":
+        return scaled.round().clamp(-top, top)
+    a = scaled.clamp(-top, top)
+    size = a.abs()
+    upper = torch.where(size < 4.0, a.round(), (a * 0.5).round() * 2.0)
+    return torch.where(size < 2.0, (a * 2.0).round() * 0.5, upper)
+
+
+def _e2m1_codes(scaled: Tensor) -> Tensor:
+    """e2m1 code points; negative zeros keep their sign as in torchao."""
+    a = scaled.abs().clamp(max=6.0)
+    # Steps of the representable values: 0.5 below 2, 1 below 4, 2 above.
+    upper = torch.where(a < 4.0, a.round() + 2.0, (a * 0.5).round() + 4.0)
+    code = torch.where(a < 2.0, (a * 2.0).round(), upper)
+    return (code + torch.where(scaled.signbit(), 8.0, 0.0)).to(torch.uint8)
+
+
 def packed_values(packed: Tensor, fmt: Format, channels: int) -> Tensor:
     """fp32 values [..., K] of packed rows: ``element_values(unpack(packed))``, by table look-up.
 

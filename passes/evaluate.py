@@ -8,10 +8,11 @@ part, what is reported and accepted on the second. One quantization of the weigh
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,28 +26,25 @@ from pq_fx.passes.turned import chunks, elements, exact_matmul, turned, whole_sc
 # A later activation may be larger than any sampled one; nvfp4's tensor scale leaves this much room.
 GLOBAL_SCALE_ROOM = 2.0
 _Found = TypeVar("_Found")
+# Order, rotation, clip, the part of the weights' errors, whether on the held-out rows.
+_Key = tuple[Any, ...]
 
 
-class Errors:
+class Errors(NamedTuple):
     """Relative squared output errors by weight name, measured when they are asked for: most candidates lose on the
-    rows for fitting, and their errors on the others are never needed. `fit`: known already."""
+    rows for fitting, and their errors on the others are never needed."""
 
-    def __init__(
-        self, measure: Callable[[bool], dict[str, float]], fit: dict[str, float] | None = None
-    ) -> None:
-        self._measure = measure
-        if fit is not None:
-            self.fit = fit
+    measure: Callable[[bool], dict[str, float]]  # whether on the rows that were held out
 
-    @cached_property
+    @property
     def fit(self) -> dict[str, float]:
         """On the rows for fitting."""
-        return self._measure(False)
+        return self.measure(False)
 
-    @cached_property
+    @property
     def held(self) -> dict[str, float]:
         """On the others."""
-        return self._measure(True)
+        return self.measure(True)
 
 
 @dataclass
@@ -64,14 +62,14 @@ class Slot:
     hundreds of points, which a device would have to hold beside the model."""
 
     def __init__(self) -> None:
-        self._owner: PointErrors | None = None
+        self._owner: weakref.ref[PointErrors] | None = None  # which holds this slot
         self._loaded: Loaded | None = None
 
     def of(self, owner: PointErrors) -> Loaded:
         """What `owner` needs."""
-        if self._owner is not owner or self._loaded is None:
+        if self._loaded is None or self._owner is None or self._owner() is not owner:
             self._loaded = None
-            self._loaded, self._owner = Loaded(owner.load()), owner
+            self._loaded, self._owner = Loaded(owner.load()), weakref.ref(owner)
         return self._loaded
 
 
@@ -113,21 +111,24 @@ class PointErrors:
         self.scale = scale
         self.center = center
         self._slot = Slot() if slot is None else slot
-        self._known: dict[tuple[bytes, int, float], Errors] = {}
+        # Nothing that holds this object, or rows would live until the garbage collector finds them.
+        self._found: dict[_Key, dict[str, float]] = {}
 
     def __call__(self, order: np.ndarray | None, rotation: int, clip: float = 1.0) -> Errors:
         """Errors with channel `order[k]` (int64 [K]) at position k, then rotated; None keeps.
 
         `clip` multiplies the largest magnitude of each group of X, from which its scale is made.
         """
-        key = _key(order, rotation, clip)
-        if key not in self._known:
-            self._known[key] = self._errors(order, rotation, clip, self.weight_part)
-        return self._known[key]
+        return Errors(partial(self._known, order, rotation, clip, self.weight_part))
+
+    def original(self) -> Errors:
+        """Errors in the model's own order, with all of the weights' errors."""
+        return Errors(partial(self._known, None, 0, 1.0, 1.0))
 
     def with_clips(self, order: np.ndarray | None, rotation: int, clips: Sequence[float]) -> None:
         """Measure several clip ratios on the rows for fitting: they share one quantization of the weights."""
-        new = [c for c in clips if _key(order, rotation, c) not in self._known]
+        keys = {c: _key(order, rotation, c, self.weight_part, False) for c in clips}
+        new = [c for c in clips if keys[c] not in self._found]
         if not new:
             return
         sample = self._slot.of(self).sample
@@ -136,26 +137,20 @@ class PointErrors:
         for start in range(0, len(new), step):
             some = new[start : start + step]
             found = self._measure(order, rotation, some, self.weight_part, False)
-            for clip, fit in zip(some, found, strict=True):
-                errors = self._errors(order, rotation, clip, self.weight_part, fit)
-                self._known[_key(order, rotation, clip)] = errors
+            self._found |= {keys[c]: errors for c, errors in zip(some, found, strict=True)}
 
-    def original(self) -> Errors:
-        """Errors in the model's own order, with all of the weights' errors."""
-        return self(None, 0) if self.weight_part == 1.0 else self._errors(None, 0, 1.0, 1.0)
-
-    def _errors(
+    def _known(
         self,
         order: np.ndarray | None,
         rotation: int,
         clip: float,
         weight_part: float,
-        fit: dict[str, float] | None = None,
-    ) -> Errors:
-        def measure(held: bool) -> dict[str, float]:
-            return self._measure(order, rotation, (clip,), weight_part, held)[0]
-
-        return Errors(measure, fit)
+        held: bool,
+    ) -> dict[str, float]:
+        key = _key(order, rotation, clip, weight_part, held)
+        if key not in self._found:
+            self._found[key] = self._measure(order, rotation, (clip,), weight_part, held)[0]
+        return self._found[key]
 
     def _measure(
         self,
@@ -257,8 +252,8 @@ class PointErrors:
         return wide if self.scale is None else wide * self.scale
 
 
-def _key(order: np.ndarray | None, rotation: int, clip: float) -> tuple[bytes, int, float]:
-    return b"" if order is None else order.tobytes(), rotation, clip
+def _key(order: np.ndarray | None, *others: Any) -> _Key:
+    return b"" if order is None else order.tobytes(), *others
 
 
 def least(plain: Errors, candidates: Iterable[tuple[_Found, Errors]]) -> _Found | None:

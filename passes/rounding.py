@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.reference import Quantized, nvfp4_global_scale, quantize
+from pq_fx.kernels.reference import Quantized, nearest, nvfp4_global_scale, quantize
 from pq_fx.kernels.values import element_values, scale_values
 from pq_fx.passes.turned import exact_matmul
 
@@ -268,12 +268,11 @@ def _scale(
     found = []
     for some in part.split(max(1, _SEARCHED // (len(ratios) * part.shape[1]))):
         many = some.expand(len(ratios), *some.shape)
-        q = quantize(many, fmt, global_scale=global_scale, clip=clip)
-        value = element_values(q.codes, fmt) * scale_values(q.scale, fmt, global_scale)
-        error = ((value - some).square() * cost).sum(dim=2)
+        value, scale = nearest(many, fmt, global_scale=global_scale, clip=clip)
+        error = (value - some).square() @ cost
         best = error.min(dim=0).indices  # [n]; of equals any
         rows = torch.arange(len(some), device=part.device)
-        found.append(q.scale.view(q.scale.shape[:2])[best, rows].unsqueeze(1))
+        found.append(scale.view(scale.shape[:2])[best, rows].unsqueeze(1))
     return torch.cat(found)
 
 

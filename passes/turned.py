@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,8 +36,12 @@ def turned(x: Tensor, perm: Tensor | None, rotation: int) -> Tensor:
 
 def rotate_by_product(x: Tensor, rotation: int) -> Tensor:
     """`rotate` of x [..., channels] in blocks of `rotation` channels, as a product of fp32 matrices."""
-    matrix = rotate(torch.eye(rotation, device=x.device), rotation)
-    return (x.reshape(-1, rotation) @ matrix).reshape(x.shape)
+    return (x.reshape(-1, rotation) @ _hadamard(rotation, x.device)).reshape(x.shape)
+
+
+@lru_cache(maxsize=16)
+def _hadamard(size: int, device: torch.device) -> Tensor:
+    return rotate(torch.eye(size, device=device), size)
 
 
 def whole_scale(parts: Iterable[Tensor], fmt: Format, room: float = 1.0) -> Tensor | None:

@@ -229,12 +229,13 @@ def _pack_region(
         rows = moments[point.name].sample().to(device, torch.float32)
         own, inverse, center = smoothed.get(point.name), None, None
         if own is not None and own.folded:
-            rows, center = (rows - own.center) / own.scale, own.center / own.scale
+            rows, center = rows.sub_(own.center).div_(own.scale), own.center / own.scale
         elif own is not None:
             inverse = 1.0 / own.scale
         if choice.fold is not None:
             order = torch.from_numpy(axis_index(view.columns[point.name], choice.fold)).to(device)
-            rows = rows[:, order]
+            for some in rows.split(128):
+                some.copy_(some[:, order])
             inverse = None if inverse is None else inverse[order]
             center = None if center is None else center[order]
         how = None if own is None else "folded" if own.folded else "multiply"

@@ -142,16 +142,24 @@ class Edits:
         """The tensor scaled, shifted and in its new orders; the tensor itself where nothing changes."""
         return self._made(name, ordered=True)
 
-    def _made(self, name: str, *, ordered: bool) -> Tensor:
+    def rows(self, name: str) -> EditedRows:
+        """The rows of `edited`, made when they are asked for."""
         tensor = self.tensors[name].detach()
-        axes = [
+        return EditedRows(tensor, self._axes(name, tensor.dim(), ordered=True))
+
+    def _axes(self, name: str, dims: int, *, ordered: bool) -> list[AxisEdit]:
+        return [
             AxisEdit(
                 self._factors.get((name, axis)),
                 self._orders.get((name, axis)) if ordered else None,
                 self._offsets.get((name, axis)),
             )
-            for axis in range(tensor.dim())
+            for axis in range(dims)
         ]
+
+    def _made(self, name: str, *, ordered: bool) -> Tensor:
+        tensor = self.tensors[name].detach()
+        axes = self._axes(name, tensor.dim(), ordered=ordered)
         if not any(edit.changes for edit in axes):
             return tensor
         made = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
@@ -180,6 +188,22 @@ class Edits:
             for leaf, buffer in module._buffers.items():
                 if id(buffer) in new:
                     module._buffers[leaf] = new[id(buffer)]
+
+
+class EditedRows:
+    """A matrix [N, K] of which `[start:stop]` gives edited rows: a whole copy of a large one never exists."""
+
+    def __init__(self, tensor: Tensor, axes: list[AxisEdit]) -> None:
+        self._tensor, self._axes = tensor, axes
+        self.shape, self.device = tensor.shape, tensor.device
+
+    def __len__(self) -> int:
+        return len(self._tensor)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        if not any(edit.changes for edit in self._axes):
+            return self._tensor[part]
+        return _made_rows(self._tensor, self._axes, part)
 
 
 class Scaled(Mapping[str, Tensor]):

@@ -59,10 +59,10 @@ def pack_point(
     quantizer = _input_quantizer(point, own, first.activation_format, seen, smooth)
     rows = Rows(seen, sample.center, own, quantizer)
     for names in together([layers[name] for name in point.linears], point.linears):
-        weights = {name: edits.edited(name) for name in names}
-        packed = rounded([layers[name] for name in names], list(weights.values()), rows)
-        for name, own_packed in zip(names, packed, strict=True):
-            layer, weight = layers[name], weights.pop(name)
+        weights = [edits.rows(name) for name in names]
+        packed = rounded([layers[name] for name in names], weights, rows)
+        for name, weight, own_packed in zip(names, weights, packed, strict=True):
+            layer = layers[name]
             fqn, fmt, recipe = layer.fact.fqn, layer.weight_format, layer.config.recipe
             bias = None if layer.module.bias is None else edits.edited(fqn + ".bias").clone()
             if bias is not None and recipe.correct_bias:

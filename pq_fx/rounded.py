@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from pq_fx.edits import EditedRows
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.reference import (
     NVFP4_CLIP_RATIOS,
@@ -34,7 +35,7 @@ from pq_fx.scope import Layer
 log = logging.getLogger("pq_fx")
 
 # Elements that are rounded at once, and that are turned or multiplied at once, in fp32.
-_ROUNDED = 1 << 25
+_ROUNDED = {"cpu": 1 << 25, "cuda": 1 << 23}
 _TURNED = 1 << 22
 
 
@@ -66,25 +67,25 @@ class Rows:
         self.center = center
         fmt = None if quantizer is None else Format.parse(quantizer.format)
         self.seen = torch.empty(plain.shape, device=plain.device)
-        for part, of in zip(_split(self.seen, _TURNED), _split(plain, _TURNED), strict=True):
-            x = permute_rotate(of, self.perm, self.rotation)
+        for part in _parts(plain, _TURNED):
+            x = permute_rotate(plain[part], self.perm, self.rotation)
             if quantizer is not None and fmt is not None:
                 clip, whole = quantizer.clip, quantizer.global_scale
                 x = fake_quantize(x, fmt, global_scale=whole, clip=clip)
-            part.copy_(x)
+            self.seen[part] = x
         self._moments: dict[int, SecondMoment] = {}
 
     def turned(self, weight: Tensor) -> Tensor:
         """The weight [N, K] in the order and rotation of the rows, fp32."""
         made = torch.empty(weight.shape, device=weight.device)
-        for part, of in zip(_split(made, _TURNED), _split(weight, _TURNED), strict=True):
-            part.copy_(permute_rotate(of.float(), self.perm, self.rotation))
+        for part in _parts(weight, _TURNED):
+            made[part] = permute_rotate(weight[part].float(), self.perm, self.rotation)
         return made
 
-    def largest(self, weight: Tensor) -> Tensor:
+    def largest(self, weight: Tensor | EditedRows) -> Tensor:
         """The largest magnitude of the turned weight, fp32 []."""
-        parts = _split(weight, _TURNED)
-        return torch.stack([self.turned(part).abs().amax() for part in parts]).amax()
+        parts = _parts(weight, _TURNED)
+        return torch.stack([self.turned(weight[part]).abs().amax() for part in parts]).amax()
 
     def moment(self, group: int) -> SecondMoment:
         """What rounding needs to know; made once for all linears of the point."""
@@ -92,29 +93,27 @@ class Rows:
             self._moments[group] = second_moment(self.seen[0::2], group=group)
         return self._moments[group]
 
-    def error(self, weight: Tensor, packed: Packed, fmt: Format) -> float:
+    def error(self, weight: Tensor | EditedRows, packed: Packed, fmt: Format) -> float:
         """Relative squared output error on the half that nothing was fitted on."""
-        lost = whole = 0.0
+        sums = torch.zeros(2, device=self.plain.device)
         for wanted, error, own in self._differences(weight, packed, fmt, slice(1, None, 2)):
             if self.center is not None:
                 wanted = wanted + self.center @ own.T
-            whole += float(wanted.square().sum())
-            lost += float(error.square().sum())
+            sums += torch.stack([error.square().sum(), wanted.square().sum()])
+        lost, whole = sums.tolist()
         return lost / whole if whole > 0 else 0.0
 
-    def mean_error(self, weight: Tensor, packed: Packed, fmt: Format) -> Tensor:
+    def mean_error(self, weight: Tensor | EditedRows, packed: Packed, fmt: Format) -> Tensor:
         """What a bias must add to make the mean output right, fp32 [N], fitted on the first half."""
         found = self._differences(weight, packed, fmt, slice(0, None, 2))
         return -torch.cat([error.mean(dim=0) for _, error, _ in found])
 
     def _differences(
-        self, weight: Tensor, packed: Packed, fmt: Format, part: slice
+        self, weight: Tensor | EditedRows, packed: Packed, fmt: Format, part: slice
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Wanted outputs and their errors, fp32 [rows, n], and the weight fp32 [n, K], some n at a time."""
         plain, seen = self.plain[part], self.seen[part]
-        step = max(1, _TURNED // weight.shape[1])
-        for start in range(0, len(weight), step):
-            some = slice(start, start + step)
+        for some in _parts(weight, _TURNED):
             own = weight[some].float()
             q = packed.q._replace(codes=packed.q.codes[some], scale=packed.q.scale[some])
             with exact_matmul():
@@ -145,7 +144,7 @@ def together(layers: Sequence[Layer], names: Sequence[str]) -> list[list[str]]:
         recipe, own = layer.config.recipe, layer.fact.in_features * layer.fact.out_features
         way = (layer.weight_format.key, recipe)
         joins = recipe.compensate and not recipe.low_rank and not layer.weight_format.two_level
-        if joins and way == before and size + own <= _ROUNDED:
+        if joins and way == before and size + own <= _rounded_at_once(layer.module.weight):
             lists[-1].append(name)
             size += own
         else:
@@ -155,39 +154,39 @@ def together(layers: Sequence[Layer], names: Sequence[str]) -> list[list[str]]:
     return lists
 
 
-def rounded(layers: Sequence[Layer], weights: Sequence[Tensor], rows: Rows) -> list[Packed]:
+def rounded(layers: Sequence[Layer], weights: Sequence[EditedRows], rows: Rows) -> list[Packed]:
     """Round the weights [N, K] of one list of `together`."""
     first = layers[0]
     if len(layers) == 1:
         return [_rounded(first, weights[0], rows)]
-    q = _rounded(first, torch.cat(list(weights)), rows).q
+    q = _rounded(first, torch.cat([w[:] for w in weights]), rows).q
     parts = [t.split([len(w) for w in weights]) for t in (q.codes, q.scale)]
     return [
         Packed(Quantized(codes, scale, None), None) for codes, scale in zip(*parts, strict=True)
     ]
 
 
-def _rounded(layer: Layer, weight: Tensor, rows: Rows) -> Packed:
+def _rounded(layer: Layer, weight: Tensor | EditedRows, rows: Rows) -> Packed:
     fmt, recipe = layer.weight_format, layer.config.recipe
     branch = None
     if recipe.low_rank and not layer.one_row:
-        branch = _low_rank(weight.float(), recipe.low_rank)
-        weight = weight.float() - branch[0] @ branch[1]
+        weight = weight[:].float()
+        branch = _low_rank(weight, recipe.low_rank)
+        weight = weight - branch[0] @ branch[1]
     scale = nvfp4_global_scale(rows.largest(weight)) if fmt.two_level else None
     tried = ratios(fmt) if recipe.search else ()
-    found = []
-    for part in _split(weight, _ROUNDED if recipe.compensate else _TURNED):
-        turned = rows.turned(part)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scales = []
+    for part in _parts(weight, _rounded_at_once(weight) if recipe.compensate else _TURNED):
+        turned = rows.turned(weight[part])
         if recipe.compensate:
-            moment = rows.moment(fmt.group_size)
-            columns = _columns(weight.device.type)
-            found.append(
-                gptq(turned, moment, fmt, global_scale=scale, scale_search=tried, columns=columns)
-            )
+            moment, columns = rows.moment(fmt.group_size), _columns(weight.device.type)
+            q = gptq(turned, moment, fmt, global_scale=scale, scale_search=tried, columns=columns)
         else:
-            found.append(quantize(turned, fmt, global_scale=scale, scale_search=tried))
-    codes, scales = torch.cat([q.codes for q in found]), torch.cat([q.scale for q in found])
-    return Packed(Quantized(codes, scales, scale), branch)
+            q = quantize(turned, fmt, global_scale=scale, scale_search=tried)
+        codes[part] = q.codes
+        scales.append(q.scale)
+    return Packed(Quantized(codes, torch.cat(scales), scale), branch)
 
 
 @cache
@@ -203,8 +202,15 @@ def _columns(kind: str) -> Callable[..., None] | None:
     return round_columns
 
 
-def _split(weight: Tensor, elements: int) -> Sequence[Tensor]:
-    return weight.split(max(1, elements // weight.shape[1]))
+def _rounded_at_once(weight: Tensor | EditedRows) -> int:
+    return _ROUNDED["cuda" if weight.device.type == "cuda" else "cpu"]
+
+
+def _parts(weight: Tensor | EditedRows, elements: int) -> Iterator[slice]:
+    """Rows of a matrix, so many elements at a time."""
+    step = max(1, elements // weight.shape[1])
+    for start in range(0, len(weight), step):
+        yield slice(start, start + step)
 
 
 def _low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

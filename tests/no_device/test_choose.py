@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 
 import numpy as np
@@ -438,3 +440,19 @@ def test_clip_ratios_share_one_quantization_of_the_weights(monkeypatch: pytest.M
         pieces.with_clips(order, 32, ratios)
         for ratio, errors in alone.items():
             assert pieces(order, 32, ratio).fit == pytest.approx(errors.fit, rel=1e-5)
+
+
+def test_measured_points_are_freed_without_the_garbage_collector() -> None:
+    """A region has hundreds of points, whose rows and outputs a device cannot hold."""
+    x, w = planted(41, rows=60, channels=128)
+    gc.disable()
+    try:
+        measure = PointErrors(
+            lambda: Measured(torch.from_numpy(x).float(), 40), ["w"], {"w": w}, settings()
+        )
+        alive = weakref.ref(measure)
+        assert measure.original().held["w"] > 0 and measure(None, 64).fit["w"] > 0
+        del measure
+        assert alive() is None
+    finally:
+        gc.enable()

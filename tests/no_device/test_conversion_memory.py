@@ -115,7 +115,7 @@ def test_rounding_parts_gives_the_same_model(
     statistics = calibrated(model, config).statistics()
     whole = toy(3)
     pq_fx.prepare(whole, config, statistics=statistics).convert()
-    monkeypatch.setattr(rounded, "_ROUNDED", 1 << 12)
+    monkeypatch.setattr(rounded, "_ROUNDED", {"cpu": 1 << 12})
     monkeypatch.setattr(rounded, "_TURNED", 1 << 10)
     monkeypatch.setattr(rounding, "_SEARCHED", 1 << 12)
     parts = toy(3)

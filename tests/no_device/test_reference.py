@@ -12,7 +12,7 @@ from naive_formats import hadamard, integer_group, pow2_candidates, quantize_gro
 from torch import Tensor
 
 from pq_fx.errors import FormatError
-from pq_fx.kernels.formats import Format, get_format
+from pq_fx.kernels.formats import FORMAT_NAMES, Format, get_format
 from pq_fx.kernels.reference import (
     NVFP4_CLIP_RATIOS,
     WEIGHT_CLIP_RATIOS,
@@ -21,6 +21,7 @@ from pq_fx.kernels.reference import (
     e4m3_operand,
     element_values,
     fake_quantize,
+    nearest,
     nvfp4_global_scale,
     permute_rotate,
     quantize,
@@ -288,3 +289,18 @@ def test_global_scale_of_a_quantized_tensor_counts() -> None:
     lost = dequantize(Quantized(q.codes, q.scale, None), fmt)
     assert (lost - x).square().mean() > 100 * (dequantize(q, fmt) - x).square().mean()
     assert torch.equal(element_values(q.codes, fmt).abs().amax(), torch.tensor(6.0))
+
+
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_nearest_is_quantize_and_dequantize(name: str, seed: int) -> None:
+    fmt = get_format(name)
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, 256, generator=g) * torch.randn(40, 256, generator=g).exp()
+    x[0], x[1], x[2, 7], x[3, 9] = 0.0, 1e-38, torch.nan, torch.inf
+    clip = torch.tensor(0.8)
+    whole = torch.tensor(0.003) if fmt.two_level else None
+    q = quantize(x, fmt, global_scale=whole, clip=clip)
+    values, scale = nearest(x, fmt, global_scale=whole, clip=clip)
+    torch.testing.assert_close(values, dequantize(q, fmt), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(scale.view(torch.uint8), q.scale.view(torch.uint8))
