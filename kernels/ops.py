@@ -9,6 +9,7 @@ cannot follow: `inference_only(y, x)`, y with a tie to x, keeps their input from
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -35,13 +36,28 @@ _SCHEMAS = {
     "ScalarType dtype) -> Tensor",
     "linear_weight_only": f"(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor",
 }
+
+
+def _in_fp32(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference as it is outside autocast, which would compute its fp32 products in 16 bits."""
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return reference(*args)
+        with torch.autocast("cpu", enabled=False):
+            return reference(*args)
+
+    return run
+
+
 _REFERENCE: dict[str, Callable[..., Any]] = {
-    "quantize": reference_ops.quantize,
-    "norm_quantize": reference_ops.norm_quantize,
-    "act_quantize": reference_ops.act_quantize,
-    "linear": reference_ops.linear,
-    "linears": reference_ops.linears,
-    "linear_weight_only": reference_ops.linear_weight_only,
+    "quantize": _in_fp32(reference_ops.quantize),
+    "norm_quantize": _in_fp32(reference_ops.norm_quantize),
+    "act_quantize": _in_fp32(reference_ops.act_quantize),
+    "linear": _in_fp32(reference_ops.linear),
+    "linears": _in_fp32(reference_ops.linears),
+    "linear_weight_only": _in_fp32(reference_ops.linear_weight_only),
 }
 # Where the Triton launchers live; looked up when a CUDA tensor arrives, so a CPU needs no Triton.
 _TRITON = {

@@ -31,7 +31,7 @@ from torch.fx.experimental.proxy_tensor import (
     snapshot_fake,
 )
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 __all__ = [
     "PLAIN",
@@ -54,6 +54,7 @@ __all__ = [
     "graphs_left",
     "hint",
     "is_fake",
+    "is_traceable_wrapper_subclass",
     "lacks_compiler",
     "like",
     "list_mode_options",

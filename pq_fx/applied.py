@@ -7,12 +7,14 @@ model. The record is a table of small CPU tensors on the model; a checkpoint sto
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from pq_fx import packed_state
 from pq_fx.edits import Axis, AxisEdit, Edits
 from pq_fx.errors import CheckpointError
 from pq_fx.modules import QuantLinear
@@ -26,8 +28,12 @@ Applied = Mapping[Axis, AxisEdit]
 
 
 def note(model: nn.Module, applied: Applied) -> None:
-    """Leave the record on the model."""
+    """Leave the record on the model, whose state dicts go together with this record only."""
     setattr(model, _ATTRIBUTE, dict(applied))
+    digest = hashlib.sha256()
+    for name, value in sorted(to_tensors(applied).items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    packed_state.guard(model, digest.hexdigest()[:16])
 
 
 def of_model(model: nn.Module) -> Applied:

@@ -140,6 +140,7 @@ def load(
     plan = Plan.from_dict(config)
     ties(config)
     report = read_report(folder)
+    plan.check_report(report)
     saw = seen.from_config(inner, config)
     with linearized(inner, plan.pointwise_names()):
         plan.check_model(inner)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pq_fx.errors import CheckpointError, FormatError
 from pq_fx.kernels.formats import Format
 from pq_fx.modules import QuantLinear
+from pq_fx.report import Report
 
 QUANTIZER = "input_quantizer"
 
@@ -156,6 +157,25 @@ class Plan:
                 f"{_some(foreign)}: quantized in the model, but not in the checkpoint; load into a "
                 "float model"
             )
+
+    def check_report(self, report: Report | None) -> None:
+        """Raise CheckpointError where the report of the conversion, if there is one, tells of other formats.
+
+        A layer whose input quantizer was struck out, or taken for another one, would load and compute nonsense; no
+        tensor shows it.
+        """
+        for row in () if report is None else report.quantized:
+            layer = self.layers.get(row.fqn)
+            if layer is None:
+                continue  # dequantized since, or saved as part of another model
+            used = self.quantizers.get(layer.input_quantizer or "")
+            told = row.format, row.activation_format, row.rotation
+            found = layer.weight_format, used and used.format, used.rotation if used else 0
+            if told[0] is not None and told != found:
+                raise CheckpointError(
+                    f"{row.fqn} has (weight, input, rotation) {found} in config.json, and the report beside it says "
+                    f"{told}: one of the files was changed. Copy both again"
+                )
 
     def expected(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
         """(dtype, shape) of each tensor of the quantized linears; dtype None: any float."""

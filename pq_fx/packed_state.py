@@ -1,7 +1,9 @@
 """State dicts of packed modules: loading one checks that it holds this module's bytes, before anything is copied.
 
 `nn.Module.load_state_dict` copies whatever has the right shape: a float weight into 8-bit codes (same shape), or codes
-of another format or rotation. Neither would raise, and the model would compute nonsense.
+of another format or rotation. Neither would raise, and the model would compute nonsense. Nor would another conversion
+of the same model: all of its tensors would go over but not the record of its folds (applied.py), which later undoes
+them or fits a LoRA to them.
 """
 
 from __future__ import annotations
@@ -10,7 +12,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from pq_fx.errors import CheckpointError
+
 _METADATA = "permuquant"
+_CONVERSION = "conversion"
 
 
 class PackedModule(nn.Module):
@@ -22,6 +27,7 @@ class PackedModule(nn.Module):
     """
 
     castable: ClassVar[tuple[str, ...]] = ()  # parameters that may be loaded from any float dtype
+    conversion: str | None = None  # digest of the whole model's record of folds
 
     def packed_settings(self) -> dict[str, Any]:
         """What the bytes depend on and no tensor says."""
@@ -31,7 +37,8 @@ class PackedModule(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
-            metadata.setdefault(prefix[:-1], {})[_METADATA] = self.packed_settings()
+            own = self.packed_settings() | {_CONVERSION: self.conversion}
+            metadata.setdefault(prefix[:-1], {})[_METADATA] = own
 
     def _load_from_state_dict(
         self,
@@ -56,9 +63,16 @@ class PackedModule(nn.Module):
     ) -> list[str]:
         wrong = []
         own = self.packed_settings()
-        if settings is not None and settings != own:
+        theirs = dict(settings or own)
+        conversion = theirs.pop(_CONVERSION, None)  # an older release wrote none
+        if None not in (conversion, self.conversion) and conversion != self.conversion:
             wrong.append(
-                f"{prefix[:-1] or 'the module'} was quantized as {settings} in the state dict, and as {own} here; "
+                f"{prefix[:-1] or 'the module'} in the state dict is of another conversion of this model: its channels "
+                "are in another order than this model's record of folds says; use pq_fx.save and pq_fx.load"
+            )
+        if theirs != own:
+            wrong.append(
+                f"{prefix[:-1] or 'the module'} was quantized as {theirs} in the state dict, and as {own} here; "
                 "load it into a model that was quantized alike, or use pq_fx.load"
             )
         for name, value in self._parameters.items():
@@ -72,3 +86,31 @@ class PackedModule(nn.Module):
                     f"{list(value.shape)}: it was not quantized as this model was"
                 )
         return wrong
+
+
+def guard(model: nn.Module, conversion: str) -> None:
+    """Let `model` refuse a state dict that does not fit before any of its tensors, float ones too, is overwritten."""
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module.conversion = conversion
+    hooks = model._load_state_dict_pre_hooks.values()
+    if all(getattr(hook, "hook", hook) is not _refuse_misfits for hook in hooks):
+        model.register_load_state_dict_pre_hook(_refuse_misfits)
+
+
+def _refuse_misfits(
+    model: nn.Module, state_dict: Any, prefix: str, local_metadata: Any, *_: Any
+) -> None:
+    """Raise CheckpointError with everything that does not fit."""
+    metadata = getattr(state_dict, "_metadata", None) or {}
+    wrong: list[str] = []
+    for name, part in model.named_modules():
+        if isinstance(part, PackedModule):
+            at = f"{prefix}{name}"
+            settings = metadata.get(at, {}).get(_METADATA)
+            wrong += part._misfits(state_dict, f"{at}." if at else "", settings)
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise CheckpointError(
+            f"the state dict does not fit {type(model).__name__}, which is unchanged: {'; '.join(wrong[:5])}{more}"
+        )

@@ -18,7 +18,6 @@ from pq_fx.config import QuantConfig
 from pq_fx.convert import convert, out_of_memory
 from pq_fx.distributed import all_reduce, own_seed
 from pq_fx.errors import CalibrationError, ConfigError
-from pq_fx.hooks import refuse_wrapped_parts
 from pq_fx.modules import quantized_linears
 from pq_fx.passes._torch import graph_breaks
 from pq_fx.pointwise import linearized
@@ -27,6 +26,7 @@ from pq_fx.report import LayerReport, Report
 from pq_fx.session import Session
 from pq_fx.statistics import ModelId, Statistics
 from pq_fx.statistics_file import load_statistics, save_statistics
+from pq_fx.unfit import refuse_unfit
 
 log = logging.getLogger("pq_fx")
 
@@ -79,16 +79,17 @@ class Quantizer:
             progress: True draws, False is silent; None draws on a terminal and logs a line a call elsewhere.
 
         Raises:
-            CalibrationError: no call was made, the model is converted already, hooks wrap parts of it (offloading),
-                or the statistics that it starts from belong to another model or keep another number of rows. At the
-                end, where `autosave` cannot be written; the statistics are kept, for `save_statistics` somewhere else
-                or `convert`.
+            CalibrationError: no call was made, the model cannot be quantized as it is (unfit.py: converted already,
+                offloaded by parts, with an adapter, sharded), or the statistics that it starts from belong to another
+                model or keep another number of rows. At the end, where `autosave` cannot be written; the statistics are
+                kept, for `save_statistics` somewhere else or `convert`.
         """
         if self._converted:
             raise CalibrationError(
                 "this model is converted already; calibration needs the float model"
             )
-        refuse_wrapped_parts(self.model)
+        # accelerate's hook around a whole model brings its weights for each call.
+        refuse_unfit(self.model, data=not hasattr(self.model, "_hf_hook"))
         gathered = self._statistics
         gathered.check_rows(self.config.calibration_rows)
         before = getattr(self.model, "_compiled_call_impl", None)
@@ -162,9 +163,9 @@ class Quantizer:
     def convert(self, progress: Callable[[int, int], None] | None = None) -> Report:
         """Choose, fold and pack; the model is quantized in place and the report says what was done to each layer.
 
-        Raises CalibrationError when calibration is missing, not finite, or of another model, or when hooks wrap parts
-        of this one, and DeviceMemoryError when a GPU has too little memory beside the float model; the model is
-        unchanged then.
+        Raises CalibrationError when calibration is missing, not finite, or of another model, or when this one cannot be
+        quantized as it is (unfit.py), and DeviceMemoryError when a GPU has too little memory beside the float model;
+        the model is unchanged then.
         """
         if self._converted:
             raise CalibrationError("this model is converted already")
@@ -172,7 +173,7 @@ class Quantizer:
         unmatched = self.config.unmatched(names)
         if unmatched and names:
             raise ConfigError(f"these rules match no linear of the model: {', '.join(unmatched)}")
-        refuse_wrapped_parts(self.model)
+        refuse_unfit(self.model, data=True)
         # What is packed now must be usable outside inference mode, too.
         with torch.inference_mode(False), linearized(self.model):
             self._statistics.check_model(self.model)

@@ -42,7 +42,9 @@ def read_folder(checkpoint_files: Sequence[str]) -> tuple[applied.Applied, Repor
         )
     with torch.device("cpu"):  # transformers has the meta device switched on here
         record = applied.from_tensors(dict(read_tensors(files, applied.is_record)))
-    return record, checkpoint_config.read_report(folder)
+    report = checkpoint_config.read_report(folder)
+    Plan.from_dict(config).check_report(report)
+    return record, report
 
 
 def put_empty(model: nn.Module, plan: Plan, record: applied.Applied) -> dict[str, QuantLinear]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import robust_mutations
+import toy
 from robust_crafted import CRAFTED
 from robust_damage import RAW
 
+import pq_fx
 from pq_fx import checkpoint, checkpoint_config, checkpoint_files, statistics_file
+from pq_fx.errors import CheckpointError
 
 
 @pytest.mark.timeout(300)
@@ -30,3 +34,19 @@ def test_without_checksums_the_damage_would_load(tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr(robust_mutations.damage, "RAW", (robust_mutations.damage.bit_flip,))
     result = robust_mutations.run_mutations(30, seed=7, work=tmp_path)
     assert result["outcomes"]["other numbers"] >= 3
+
+
+def test_a_quantizer_that_was_struck_out_with_the_checksum_repaired(tmp_path: Path) -> None:
+    """Mutation 247 of seed 1: `k` shares its quantizer with `q`, so that nothing else misses it."""
+    model = toy.quantized(toy.toy())
+    pq_fx.save(model, tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    config = json.loads(file.read_text())
+    own = config["quantization_config"]
+    own["layers"]["blocks.0.k"]["input_quantizer"] = None
+    own[checkpoint_config.CHECKSUM] = checkpoint_config.checksum(config)
+    file.write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"blocks\.0\.k has .*None.*the report beside it says"
+    ):
+        pq_fx.load(tmp_path / "m", toy.toy())
