@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.reference import Quantized, nearest, nvfp4_global_scale, quantize
+from pq_fx.kernels.reference import Quantized, nearest, nvfp4_global_scale
 from pq_fx.kernels.values import element_values, scale_values
 from pq_fx.passes.turned import exact_matmul
 
@@ -102,14 +102,11 @@ def second_moment(
             within.append((u / diagonal[:, None]).float())
             beyond.append((a / diagonal[:, None]).float())
             diagonals.append(diagonal)
-    return SecondMoment(
-        order,
-        x.contiguous(),
-        within[::-1],
-        beyond[::-1],
-        torch.cat(diagonals[::-1]).square().reciprocal().float(),
-        group or channels,
-    )
+    cost = torch.cat(diagonals[::-1]).square().reciprocal().float()
+    # Asked once for all blocks: a GPU stops for an answer.
+    if not bool(torch.isfinite(cost).all()):
+        raise CalibrationError("the second moment of the rows is not positive; calibrate again")
+    return SecondMoment(order, x.contiguous(), within[::-1], beyond[::-1], cost, group or channels)
 
 
 def _columns(group: int) -> int:
@@ -122,7 +119,7 @@ def _factor(x: Tensor, inverse: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     mx = inverse @ x
     inner = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).addmm_(x.T, mx)
     # V from the last row up is the lower factor of the matrix read backwards.
-    v = torch.linalg.cholesky(inner.flip(0, 1)).flip(0, 1)
+    v = torch.linalg.cholesky_ex(inner.flip(0, 1)).L.flip(0, 1)
     z = torch.linalg.solve_triangular(v, mx.T, upper=True)
     inverse.addmm_(z.T, z, alpha=-1)
     one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
@@ -185,13 +182,14 @@ def _round(
     moment: SecondMoment,
     fmt: Format,
     global_scale: Tensor | None,
-    ratios: Sequence[float],
+    scale_search: Sequence[float],
     round_some: Callable[..., None],
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, K] and scales [N, K / group], the latter's groups in the order of rounding."""
     values, bounds, points = _elements(fmt, weight.device)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     scales: list[Tensor] = []
+    ratios = torch.tensor(scale_search or (1.0,), device=weight.device)
     spread = torch.zeros(len(weight), len(moment.rows), device=weight.device)
 
     def current(start: int, end: int) -> Tensor:
@@ -258,13 +256,11 @@ def _scale(
     cost: Tensor,
     fmt: Format,
     global_scale: Tensor | None,
-    ratios: Sequence[float],
+    ratios: Tensor,
 ) -> Tensor:
     """Stored scales [N, 1] of one group [N, g], by the ratio with the least weighted error."""
-    if len(ratios) < 2:
-        return quantize(part, fmt, global_scale=global_scale, scale_search=ratios).scale
     # All ratios at once: a GPU is kept busy by one launch instead of sixteen.
-    clip = torch.tensor(ratios, device=part.device).view(-1, 1, 1, 1)
+    clip = ratios.view(-1, 1, 1, 1)
     found = []
     for some in part.split(max(1, _SEARCHED // (len(ratios) * part.shape[1]))):
         many = some.expand(len(ratios), *some.shape)
