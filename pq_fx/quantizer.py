@@ -107,7 +107,11 @@ class Quantizer:
                         if isinstance(error, KeyboardInterrupt)
                         else type(error).__name__
                     )
-                    log.info("%s after %d calls; what they gathered is kept", what, gathered.calls)
+                    log.info(
+                        "%s after %d calls; the quantizer keeps what they gathered",
+                        what,
+                        gathered.calls,
+                    )
                     session.try_to_save()
                 raise
             finally:

@@ -101,11 +101,11 @@ def _quantize(arguments: argparse.Namespace) -> None:
             try:
                 calibrate_pipeline(quantizer, pipe, prompts, sampling, arguments.statistics)
             except KeyboardInterrupt:
-                if arguments.statistics and quantizer.calls:
-                    print(
-                        f"pq-fx: what was gathered is in {arguments.statistics}; the same command goes on from it",
-                        file=sys.stderr,
-                    )
+                if quantizer.calls:
+                    kept = "lost; with --statistics FILE it is kept, and the same command goes on from it"
+                    if arguments.statistics:
+                        kept = f"in {arguments.statistics}; the same command goes on from it"
+                    print(f"pq-fx: what was gathered is {kept}", file=sys.stderr)
                 raise
     if arguments.offload:  # it is alone on the device now
         pipe.remove_all_hooks()

@@ -128,6 +128,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 
     part = tmp_path / "part.stats"
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", interrupted)
+    assert quantize(flux, tmp_path / "b", "--prompts", prompts) == 130
+    assert "is lost; with --statistics FILE" in capsys.readouterr().err
+    steps = 0
     command = ("--prompts", prompts, "--statistics", part)
     assert quantize(flux, tmp_path / "b", *command) == 130
     assert "the same command goes on from it" in capsys.readouterr().err
