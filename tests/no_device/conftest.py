@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import quantized_toy, report
 from diffusers import FluxTransformer2DModel
 from torch import nn
+
+from pq_fx.checkpoint import save
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +74,11 @@ def flux_inputs(dtype: torch.dtype, side: tuple[int, int], batch: int) -> dict:
 def make_flux_inputs() -> Callable[[torch.dtype, tuple[int, int], int], dict]:
     """`make_flux_inputs(dtype, (height, width), batch)` for a second resolution."""
     return flux_inputs
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[nn.Module, Path]:
+    """The small quantized model of checkpoints.py, and the folder where it is saved with a report."""
+    model = quantized_toy()
+    save(model, tmp_path / "m", report())
+    return model, tmp_path / "m"
