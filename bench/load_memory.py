@@ -64,7 +64,7 @@ def build(blocks: int) -> nn.Module:
             old.in_features, fmt.key, 64, torch.randperm(old.in_features).int()
         )
         packed = torch.randint(0, 256, (old.out_features, fmt.packed_bytes(old.in_features)))
-        scale = torch.rand(old.out_features, fmt.groups(old.in_features))
+        scale = 0.01 + torch.rand(old.out_features, fmt.groups(old.in_features))  # none is 0
         new = QuantLinear(
             old.in_features,
             old.out_features,
@@ -91,7 +91,7 @@ def measure(folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"file_bytes": size}
     for way in ("from_pretrained", "load"):
         command = [sys.executable, "-c", CHILD, str(folder), way]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
         result[way] = found | {"peak_to_file": round(found["peak"] / size, 3)}
     return result
