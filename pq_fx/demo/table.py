@@ -52,7 +52,7 @@ def table(runs: Sequence[Run], images: int) -> Table:
     )
     made.add_column("format", no_wrap=True)
     made.add_column("method", no_wrap=True)
-    for name in ("PSNR", "velocity", "layer error", "regions", "size", "sec."):
+    for name in ("PSNR", "velocity", "layer error", "regions", "size", "s"):
         made.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         base = next(r for r in runs if r.format == run.format)

@@ -136,6 +136,7 @@ def test_a_small_demo_writes_what_it_promises(tmp_path, capsys, monkeypatch):
         errors = [r["mean_layer_error"] for r in (rtn, sort, rotate)]
         assert errors[0] > errors[1] > errors[2]
     out = capsys.readouterr().out.replace("\n", "")  # a long path is broken over lines
+    assert "…" not in out  # fits a terminal of 80 columns
     for word in ("PermuQuant-H", "PSNR", "report.json", "int3 g64"):
         assert word in out
 
