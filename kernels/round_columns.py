@@ -26,7 +26,8 @@ def _round_columns_kernel(
     index_ptr,
     errors_ptr,
     N,
-    within_stride,
+    row_stride,
+    column_stride,
     COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
     BOUNDS: tl.constexpr,
@@ -40,7 +41,9 @@ def _round_columns_kernel(
     lost = tl.zeros([PADDED, BLOCK_N], tl.float32)
     for j in range(COLUMNS):
         # Above the diagonal: only columns before j have a share.
-        share = tl.load(within_ptr + column * within_stride + j, mask=column < j, other=0.0)
+        share = tl.load(
+            within_ptr + column * row_stride + j * column_stride, mask=column < j, other=0.0
+        )
         now = tl.load(block_ptr + j * N + n, mask=inside, other=0.0)
         now -= tl.sum(lost * share[:, None], axis=0)
         scaled = now / divisor
@@ -68,7 +71,7 @@ def round_columns(
 ) -> None:
     """`pq_fx.passes.rounding.round_columns` in one launch; `block` is left as it is.
 
-    block fp32 [b, N], within fp32 [b, b] (rows may lie apart), factor fp32 [N], values fp32 [v], bounds fp32 [v - 1];
+    block fp32 [b, N], within fp32 [b, b] (any strides: LAPACK's results lie by columns on a GPU), factor fp32 [N], values fp32 [v], bounds fp32 [v - 1];
     index int32 [b, N] and errors fp32 [b, N] are written. Raises KernelError for other shapes, dtypes or strides.
     """
     columns, count = block.shape
@@ -85,8 +88,9 @@ def round_columns(
             given.dtype == dtype and tuple(given.shape) == shape,
             f"round_columns: {name} is {given.dtype} {list(given.shape)}, expected {dtype} {list(shape)}",
         )
-        rows_apart = name == "within" and given.stride(1) == 1
-        require(rows_apart or given.is_contiguous(), f"round_columns: {name} is not contiguous")
+        require(
+            name == "within" or given.is_contiguous(), f"round_columns: {name} is not contiguous"
+        )
     padded = max(16, triton.next_power_of_2(columns))
     # A tile of 16 registers a thread.
     block_n = max(16, 2048 // padded)
@@ -100,7 +104,7 @@ def round_columns(
             index,
             errors,
             count,
-            within.stride(0),
+            *within.stride(),
             COLUMNS=columns,
             PADDED=padded,
             BOUNDS=len(bounds),
