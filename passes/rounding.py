@@ -99,8 +99,9 @@ def second_moment(
         for part in reversed(x.split(_columns(group or channels), dim=1)):
             u, a = _factor(part.double(), inverse, ridge)
             diagonal = u.diagonal()
-            within.append((u / diagonal[:, None]).float())
-            beyond.append((a / diagonal[:, None]).float())
+            # A solver's answer lies column by column on a GPU, and a kernel reads these by rows.
+            within.append((u / diagonal[:, None]).float().contiguous())
+            beyond.append((a / diagonal[:, None]).float().contiguous())
             diagonals.append(diagonal)
     cost = torch.cat(diagonals[::-1]).square().reciprocal().float()
     # Asked once for all blocks: a GPU stops for an answer.
