@@ -71,7 +71,8 @@ def round_columns(
 ) -> None:
     """`pq_fx.passes.rounding.round_columns` in one launch; `block` is left as it is.
 
-    block fp32 [b, N], within fp32 [b, b] (any strides: LAPACK's results lie by columns on a GPU), factor fp32 [N], values fp32 [v], bounds fp32 [v - 1];
+    block fp32 [b, N], within fp32 [b, b] (any strides: a GPU's triangular solve gives columns), factor fp32 [N],
+    values fp32 [v], bounds fp32 [v - 1];
     index int32 [b, N] and errors fp32 [b, N] are written. Raises KernelError for other shapes, dtypes or strides.
     """
     columns, count = block.shape
