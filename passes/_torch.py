@@ -1,6 +1,6 @@
 """Every private or unstable import from torch, in one leaf file.
 
-What each name is used for, and where it lives in torch 2.11 to 2.13, is said beside it; nothing else
+What each name is used for, and where it lives in torch 2.11 to 2.14, is said beside it; nothing else
 in pq_fx may import from `torch._dynamo`, `torch._inductor`, `torch._guards` or `torch.fx.experimental`.
 """
 
@@ -71,7 +71,7 @@ __all__ = [
     "unset_fake_temporarily",
 ]
 
-# What Dynamo (2.11 to 2.13) writes for `tensor.data`.
+# What Dynamo (2.11 to 2.14) writes for `tensor.data`.
 get_data = torch._C._autograd._get_data_attr
 
 

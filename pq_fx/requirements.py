@@ -14,7 +14,7 @@ from pq_fx.errors import UnsupportedVersionError
 
 # Package -> the oldest version that works and the first that is not known to (None: no such version is known).
 SUPPORTED: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
-    "torch": ((2, 11), (2, 14)),
+    "torch": ((2, 11), (2, 15)),
     "triton": ((3, 6), None),
     "diffusers": ((0, 41), None),
 }

@@ -25,7 +25,7 @@ def installed(**versions: str):
     ("name", "version"),
     [
         ("torch", "2.10.0"),
-        ("torch", "2.14.1+cu130"),
+        ("torch", "2.15.0+cu130"),
         ("torch", "3.0.0"),
         ("torch", "1.99"),
         ("triton", "3.5.1"),
@@ -46,6 +46,7 @@ def test_an_unsupported_version(name: str, version: str) -> None:
 def test_supported_and_absent_ones() -> None:
     check(installed())
     check(installed(torch="2.11.0+cu130", triton="3.9.0", diffusers="0.41.0"))
+    check(installed(torch="2.14.1+cu130"))
     check(installed(torch="2.13.1a0+git1234", diffusers="0.42.0.dev0"))
     check()
 
@@ -72,5 +73,5 @@ except ImportError as error:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith(
-        "UnsupportedVersionError pq_fx works with torch >= 2.11 and <2.14"
+        "UnsupportedVersionError pq_fx works with torch >= 2.11 and <2.15"
     )
