@@ -166,7 +166,7 @@ def _act_quantize_kernel(
             HAS_GATE,
         )
     if HAS_PERM:
-        head, tail = gather_rows(head, tail, perm_ptr, CHANNELS, HEAD, TAIL)
+        head, tail = gather_rows(head, tail, perm_ptr, CHANNELS, HEAD, TAIL, BY_DOT)
     quantize_rows_store(
         head,
         tail,

@@ -194,7 +194,7 @@ def _norm_quantize_kernel(
             tail_y = tl.where(tail_inside[None, :], tail_y, 0.0)
         tail_y = round_row(tail_y, x_ptr.dtype.element_ty)
     if HAS_PERM:
-        y, tail_y = gather_rows(y, tail_y, perm_ptr, CHANNELS, HEAD, TAIL)
+        y, tail_y = gather_rows(y, tail_y, perm_ptr, CHANNELS, HEAD, TAIL, BY_DOT)
     quantize_rows_store(
         y,
         tail_y,

@@ -14,6 +14,8 @@ from pq_fx.kernels.rounding import float_of
 from pq_fx.kernels.rows import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+# Two neighbors of one row $2 and of another $3 as two words, a channel each: the first row in the low halves.
+_PAIR = tl.constexpr("prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;")
 
 
 @triton.jit
@@ -48,24 +50,102 @@ def _side_by_side(a, b):
 
 
 @triton.jit
-def _gather_piece(
-    rows, perm_ptr, FIRST: tl.constexpr, LENGTH: tl.constexpr, CHANNELS: tl.constexpr
+def _whole_row(head, tail, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """head [R, HEAD] and tail [R, TAIL] one behind the other; copies of the tail fill up to 2 * HEAD."""
+    if TAIL > 0:
+        for _ in tl.static_range((HEAD // TAIL).bit_length() - 1):
+            tail = _side_by_side(tail, tail)
+        return _side_by_side(head, tail)
+    else:
+        return head
+
+
+@triton.jit
+def _halves(rows):
+    """Rows [R, 2N] as [R, N] and [R, N]."""
+    return tl.split(tl.permute(tl.reshape(rows, [rows.shape[0], 2, rows.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _even_and_odd(rows):
+    """Rows [2P, N] as their even and odd ones, [P, N] each."""
+    return tl.split(tl.permute(tl.reshape(rows, [rows.shape[0] // 2, 2, rows.shape[1]]), [0, 2, 1]))
+
+
+@triton.jit
+def _words(rows):
+    """Rows [2P, N] of 16 bits as int32 [P, N]: an even row in the low halves, the odd one after it in the high ones."""
+    even, odd = _even_and_odd(rows)
+    if _INTERPRETED:
+        low = even.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return low | (odd.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    else:
+        return tl.inline_asm_elementwise(
+            _PAIR,
+            "=r,=r,r,r",
+            [even, odd],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def _rows_of_words(words, DTYPE: tl.constexpr, BY_DOT: tl.constexpr):
+    """What `_words` packed: rows [2P, N] of a 16-bit DTYPE where a dot comes next, else fp32."""
+    if BY_DOT or tl.bfloat16 != DTYPE:
+        even = words.to(tl.int16).to(DTYPE, bitcast=True)
+        odd = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        even = float_of(words << 16)
+        odd = float_of(words & -65536)
+    rows = tl.permute(tl.join(even, odd), [0, 2, 1])
+    rows = tl.reshape(rows, [2 * words.shape[0], words.shape[1]])
+    if _INTERPRETED or not BY_DOT:
+        return rows
+    else:
+        # Nothing is done here, but Triton would take a join before a dot for one of a 4-bit operand and
+        # lay the rows out for that.
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [rows], dtype=rows.dtype, is_pure=False, pack=2
+        )
+
+
+@triton.jit
+def _source(
+    perm_ptr,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LENGTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
-    """rows [R, N] at perm[FIRST : FIRST + LENGTH], zero beyond CHANNELS."""
+    """perm[FIRST : FIRST + LENGTH] for every row [ROWS, LENGTH], or pair of rows; 0 beyond CHANNELS."""
     at = FIRST + tl.arange(0, LENGTH)[None, :]
-    inside = at < CHANNELS
-    # With the rows' shape, so that the result comes in their layout; flat, because a gather along the
-    # second axis would be made of shuffles.
-    COUNT: tl.constexpr = rows.shape[0]
-    pointers = tl.broadcast_to(perm_ptr + at, [COUNT, LENGTH])
-    source = tl.load(pointers, mask=inside, other=0)
-    source += tl.arange(0, COUNT)[:, None] * rows.shape[1]
-    flat = tl.reshape(rows, [COUNT * rows.shape[1]])
-    piece = tl.gather(flat, tl.reshape(source, [COUNT * LENGTH]), 0)
-    piece = tl.reshape(piece, [COUNT, LENGTH])
-    if FIRST + LENGTH > CHANNELS:
-        piece = tl.where(inside, piece, 0.0)
-    return piece
+    # With the rows' shape, so that it comes in their layout.
+    source = tl.load(tl.broadcast_to(perm_ptr + at, [ROWS, LENGTH]), mask=at < CHANNELS, other=0)
+    if PAIRED:
+        source, _odd = _even_and_odd(source)
+    return source
+
+
+@triton.jit
+def _gather(rows, source):
+    """rows [R, N] of 16 or 32 bits at source [R, N], through shared memory.
+
+    A thread holds 16 neighbors and stores 16 bytes at a time. So that the stores of a warp do not
+    meet in a bank, the first 16 bytes of all threads lie in a row, then the second, and so on. Flat,
+    because a gather along the second axis would be made of shuffles.
+    """
+    TOTAL: tl.constexpr = rows.shape[0] * rows.shape[1]
+    CHUNK: tl.constexpr = 128 // rows.dtype.primitive_bitwidth
+    flat = tl.reshape(rows, [TOTAL // 16, 16 // CHUNK, CHUNK])
+    flat = tl.reshape(tl.permute(flat, [1, 0, 2]), [TOTAL])
+    if rows.shape[0] > 1:
+        source += tl.arange(0, rows.shape[0])[:, None] * rows.shape[1]
+    place = (source & (CHUNK - 1)) | ((source >> 4) * CHUNK)
+    place |= (source & (16 - CHUNK)) * (TOTAL // 16)
+    return tl.reshape(tl.gather(flat, tl.reshape(place, [TOTAL]), 0), rows.shape)
 
 
 @triton.jit
@@ -76,19 +156,37 @@ def gather_rows(
     CHANNELS: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
+    BY_DOT: tl.constexpr,
 ):
-    """head [R, HEAD] and tail [R, TAIL] in the order of perm int32 [CHANNELS], through shared memory."""
-    row = head
+    """head [R, HEAD] and tail [R, TAIL] in the order of perm int32 [CHANNELS], through shared memory.
+
+    Two rows of 16 bits go as one of 32, so that one read serves both. BY_DOT: rows of 16 bits stay
+    so, for `rotate`; else they may come as fp32.
+    """
+    DTYPE: tl.constexpr = head.dtype
+    ROWS: tl.constexpr = head.shape[0]
+    PAIRED: tl.constexpr = DTYPE.primitive_bitwidth == 16 and ROWS % 2 == 0
+    source = _source(perm_ptr, ROWS, 0, HEAD, CHANNELS, PAIRED)
+    source_tail = source
     if TAIL > 0:
-        # Only the first copy of the tail is read.
+        source_tail = _source(perm_ptr, ROWS, HEAD, TAIL, CHANNELS, PAIRED)
+    source = _whole_row(source, source_tail, HEAD, TAIL)
+    if PAIRED:
+        head = _words(head)
+        tail = _words(tail)
+    row = _gather(_whole_row(head, tail, HEAD, TAIL), source)
+    if row.shape[1] > CHANNELS:
+        inside = tl.arange(0, row.shape[1]) < CHANNELS
+        row = tl.where(inside[None, :], row, tl.zeros_like(row))
+    rest = row
+    if TAIL > 0:
+        row, rest = _halves(row)
         for _ in tl.static_range((HEAD // TAIL).bit_length() - 1):
-            tail = _side_by_side(tail, tail)
-        row = _side_by_side(head, tail)
-    piece = _gather_piece(row, perm_ptr, 0, HEAD, CHANNELS)
-    rest = piece
-    if TAIL > 0:
-        rest = _gather_piece(row, perm_ptr, HEAD, TAIL, CHANNELS)
-    return piece, rest
+            rest, _copy = _halves(rest)
+    if PAIRED:
+        row = _rows_of_words(row, DTYPE, BY_DOT)
+        rest = _rows_of_words(rest, DTYPE, BY_DOT)
+    return row, rest
 
 
 @triton.jit

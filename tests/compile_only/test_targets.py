@@ -101,7 +101,7 @@ def test_norm_quantize(chip: int) -> None:
 @pytest.mark.parametrize("rotation", [0, 64])
 @pytest.mark.parametrize("permute", [False, True])
 def test_rows_stay_in_registers(rotation: int, permute: bool) -> None:
-    """Modulation and rotation move nothing between threads; a gather takes one row of shared memory a row."""
+    """Modulation and rotation move nothing between threads; a gather stores a row once and reads two at once."""
     flags = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_GLOBAL", "HAS_CLIP", "RMS"), False)
     flags |= {"HAS_SCALE": True, "HAS_SHIFT": True, "HAS_PERM": permute}
     constants = row_constants("int4:64:bf16", "e4m3", 90, 3072, **flags)
@@ -113,6 +113,9 @@ def test_rows_stay_in_registers(rotation: int, permute: bool) -> None:
     padded = 2 * 4096 * constants["ROWS"] if permute else 0
     # 512 bytes: the matrix of signs, and sums of the warps.
     assert compiled.metadata.shared <= max(padded, 512)
+    # 4096 channels of two rows of 16 bits are 16 stores of four words by 64 threads.
+    assert len(re.findall(r"st\.shared\S*\.v4", ptx)) == (16 if permute else 0)
+    assert not re.search(r"ld\.shared\S*\.[bu]16", ptx)
     assert ("mma" in ptx) == (rotation > 0)
 
 

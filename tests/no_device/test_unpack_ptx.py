@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from pq_fx.kernels import unpack_bits
+from pq_fx.kernels import rotate_row, unpack_bits
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.values import element_values
 
@@ -112,3 +112,11 @@ def test_int3(kind: str) -> None:
                 found = read(state[f"${2 * channel + i // 2}"] >> 16 * (i % 2) & 0xFFFF)
                 size = magnitudes[i] >> 2 * channel & 3
                 assert found == (-size if signs[i] >> channel & 1 else size)
+
+
+def test_two_rows_become_words() -> None:
+    """A channel of two rows is one word: what a gather moves (`rotate_row.gather_rows`)."""
+    halves = [random.getrandbits(16) for _ in range(4)]
+    (a0, a1, b0, b1) = halves
+    after = carry_out(rotate_row._PAIR.value, {"$2": a0 | a1 << 16, "$3": b0 | b1 << 16})
+    assert (after["$0"], after["$1"]) == (a0 | b0 << 16, a1 | b1 << 16)
