@@ -9,6 +9,7 @@ are True or False), the modules that it never entered, and the forward hooks in 
     calibrated with      hidden_states, timestep
     called with          hidden_states, timestep, controlnet_block_samples    -> UnseenError, names the argument
     called with          hidden_states, timestep, output_hidden_states=True   -> UnseenError
+    called after         model.config.output_hidden_states = True             -> UnseenError
     called with          hidden_states, timestep, a mask of integers or bools -> runs: it carries no channels
 
 A compiled model is checked when Dynamo compiles it, which it does for each new set of arguments.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from pq_fx.errors import CheckpointError, UnseenError
 from pq_fx.hooks import forward_hooks
 from pq_fx.passes._torch import skip_code
 
+_DEEPEST = 6  # levels of objects in an argument that are looked into
 # Switches that choose what holds the result and nothing else, in diffusers and transformers.
 _HOLDERS = ("return_dict",)
 _WHAT_TO_DO = (
@@ -38,10 +41,10 @@ _WHAT_TO_DO = (
 def given_to(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, bool]:
     """The tensors and switches of one call by name, and whether calibration must have been given each.
 
-    A tensor's name is the argument's, with the keys of dicts behind dots; lists count as one
-    (`joint_attention_kwargs.ip_adapter_image_embeds`). Those of integers and bools carry no channels. A switch,
-    defaults among them, is named with its value (`output_hidden_states=True`). Empty where the arguments do not fit
-    `model.forward`.
+    A tensor's name is the argument's, with the keys of dicts and the attributes of objects behind dots; lists count as
+    one (`joint_attention_kwargs.ip_adapter_image_embeds`). Those of integers and bools carry no channels. A switch,
+    defaults among them, is named with its value (`output_hidden_states=True`); so are those of `model.config` that
+    choose what is returned (`config.output_hidden_states=True`). Empty where the arguments do not fit `model.forward`.
     """
     signature = inspect.signature(model.forward)
     try:
@@ -61,6 +64,10 @@ def given_to(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
             found[name] = found.get(name, False) or value.is_floating_point()
         elif name not in _HOLDERS:
             found[f"{name}={value}"] = True
+    settings = getattr(getattr(model, "config", None), "__dict__", {})
+    for name, value in settings.items():  # diffusers' are fixed, and hold none of these
+        if name.startswith("output_") and value is True:
+            found[f"config.{name}=True"] = True
     return found
 
 
@@ -69,16 +76,27 @@ def tensors(value: Any) -> Iterator[Tensor]:
     return (tensor for _, tensor in leaves(value, Tensor))
 
 
-def leaves(value: Any, kinds: type | tuple[type, ...], path: str = "") -> Iterator[tuple[str, Any]]:
-    """What an argument holds of these types, with names."""
+def leaves(
+    value: Any, kinds: type | tuple[type, ...], path: str = "", above: tuple[int, ...] = ()
+) -> Iterator[tuple[str, Any]]:
+    """What an argument holds of these types, with names; of objects that are no dataclasses, tensors only."""
     if isinstance(value, kinds):
         yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from leaves(item, kinds, f"{path}.{key}" if path else str(key))
+        return
+    if id(value) in above or isinstance(value, (str, int, float, type, Tensor, nn.Module)):
+        return
+    inside: Mapping[Any, Any] | None = None
+    if isinstance(value, Mapping):
+        inside = value
+    elif is_dataclass(value):
+        inside = {f.name: getattr(value, f.name, None) for f in fields(value)}
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from leaves(item, kinds, path)
+            yield from leaves(item, kinds, path, (*above, id(value)))
+    elif not callable(value) and len(above) < _DEEPEST:  # a cache of keys and values, for one
+        inside, kinds = getattr(value, "__dict__", {}), Tensor
+    for key, item in (inside or {}).items():
+        yield from leaves(item, kinds, f"{path}.{key}" if path else str(key), (*above, id(value)))
 
 
 class Seen:

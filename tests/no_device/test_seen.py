@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -216,6 +217,70 @@ def test_hidden_states_that_calibration_did_not_return() -> None:
     model(**inputs, return_dict=False)
     with pytest.raises(UnseenError, match="output_hidden_states=True"):
         model(**inputs, output_hidden_states=True)
+    model.config.output_hidden_states = True
+    with pytest.raises(UnseenError, match=r"config\.output_hidden_states=True"):
+        model(**inputs)
+    model.config.output_hidden_states = False
+    model(**inputs)
+
+
+@dataclasses.dataclass
+class Pack:
+    x: torch.Tensor
+    extra: torch.Tensor | None = None
+    twice: bool = False
+
+
+class Cache:
+    """Not a dataclass, and it holds itself."""
+
+    def __init__(self, *values: torch.Tensor) -> None:
+        self.layers, self.itself, self.full = [{"keys": v} for v in values], self, True
+
+
+class Packed(nn.Module):
+    """All arguments in objects; the extra meets hidden channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = branch()[0]
+
+    def forward(self, pack: Pack, cache: Cache | None = None) -> torch.Tensor:
+        h = self.inner.up(self.inner.norm(pack.x)).relu()
+        h = h if pack.extra is None else h + pack.extra
+        h = 2 * h if pack.twice else h
+        for layer in () if cache is None else cache.layers:
+            h = h + layer["keys"]
+        return pack.x + self.inner.down(h)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tensors_and_switches_in_objects(compiled: bool) -> None:
+    model, x, extra = Packed().eval(), torch.randn(40, 32), torch.randn(64)
+    quantized(model, {"pack": Pack(x)}, method="permuquant")
+    assert attached(model)[0] == {"pack.x", "pack.twice=False"}
+    run = torch.compile(model, backend="permuquant") if compiled else model
+    run(Pack(x))
+    run(Pack(x), Cache())
+    for name, args in {
+        r"pack\.extra": (Pack(x, extra),),
+        r"pack\.twice=True": (Pack(x, twice=True),),
+        r"cache\.layers\.keys": (Pack(x), Cache(extra)),
+    }.items():
+        with pytest.raises(Exception, match=f"called with {name}") as error:
+            run(*args)
+        assert isinstance(getattr(error.value, "inner_exception", error.value), UnseenError)
+
+
+@torch.no_grad()
+def test_tensors_in_objects_that_calibration_saw() -> None:
+    model, x, extra = Packed().eval(), torch.randn(40, 32), torch.randn(64)
+    calls = (Pack(x, extra), Cache(extra, extra)), (Pack(x),)
+    wants = [model(*call) for call in calls]
+    quantized(model, *({"pack": c[0], "cache": c[-1] if len(c) > 1 else None} for c in calls))
+    for call, want in zip(calls, wants, strict=True):
+        assert relative(model(*call), want) < 0.15
 
 
 def add(value: torch.Tensor) -> Callable:
