@@ -201,7 +201,8 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
                 for r in runs
                 if r.get("part") == "size" and (r["method"], r["size"]) == (method, size)
             ]
-            found[f"{method}: error with {size} prompts"] = spread(own)
+            if own:
+                found[f"{method}: error with {size} prompts"] = spread(own)
     return {"rtn": round(rtn, 6)} | found
 
 
