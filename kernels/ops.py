@@ -51,14 +51,7 @@ def _in_fp32(reference: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-_REFERENCE: dict[str, Callable[..., Any]] = {
-    "quantize": _in_fp32(reference_ops.quantize),
-    "norm_quantize": _in_fp32(reference_ops.norm_quantize),
-    "act_quantize": _in_fp32(reference_ops.act_quantize),
-    "linear": _in_fp32(reference_ops.linear),
-    "linears": _in_fp32(reference_ops.linears),
-    "linear_weight_only": _in_fp32(reference_ops.linear_weight_only),
-}
+_REFERENCE = {name: _in_fp32(getattr(reference_ops, name)) for name in _SCHEMAS}
 # Where the Triton launchers live; looked up when a CUDA tensor arrives, so a CPU needs no Triton.
 _TRITON = {
     "quantize": "pq_fx.kernels.activation_quantize",

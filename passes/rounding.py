@@ -99,7 +99,7 @@ def second_moment(
         for part in reversed(x.split(_columns(group or channels), dim=1)):
             u, a = _factor(part.double(), inverse, ridge)
             diagonal = u.diagonal()
-            # A solver's answer lies column by column on a GPU, and a kernel reads these by rows.
+            # Solvers answer column by column; the loop over columns and the products read rows.
             within.append((u / diagonal[:, None]).float().contiguous())
             beyond.append((a / diagonal[:, None]).float().contiguous())
             diagonals.append(diagonal)

@@ -31,9 +31,8 @@ class Places:
 
     def __init__(self, model: nn.Module) -> None:
         self._places: dict[int, list[Place]] = {}
-        self._fixed: dict[
-            int, str
-        ] = {}  # part -> the attribute that holds it in an unchangeable way
+        # The attribute that holds a part in a way that cannot be changed.
+        self._fixed: dict[int, str] = {}
         for name, module in model.named_modules():
             for child, part in module._modules.items():
                 self._places.setdefault(id(part), []).append((module._modules, child))
