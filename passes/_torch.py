@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import Context
+from functools import cache
+from threading import Lock
 from types import CodeType
 from typing import Any
 
@@ -222,15 +225,46 @@ def dynamo_value(node: fx.Node) -> Any:
     return None if grapharg is None else grapharg.example
 
 
-def every_graph() -> Any:
-    """A context in which this thread's Dynamo compiles each graph, however many there are of one function.
+_EVERY_GRAPH = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
+_every_graph_lock = Lock()
+_every_graph_open: list[Any] = []  # what to close last, then a None for each further thread
 
-    Beyond `recompile_limit` (8) graphs Dynamo runs a function eagerly, which would hide its linears. Settings of Dynamo
-    are a thread's own.
+
+@cache
+def _threads_share_settings() -> bool:
+    """Whether Dynamo's settings are one for all threads (torch 2.11) and not each thread's own."""
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=1 << 15):
+        return Context().run(lambda: config.recompile_limit) == 1 << 15
+
+
+@contextmanager
+def every_graph() -> Iterator[None]:
+    """While open, this thread's Dynamo compiles each graph, however many there are of one function.
+
+    Beyond `recompile_limit` (8) graphs Dynamo runs a function eagerly, which would hide its linears. Where threads
+    share the limit, the last one to leave sets it back.
     """
     from torch._dynamo import config
 
-    return config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
+    with _every_graph_lock:
+        shared = _threads_share_settings()
+    if not shared:
+        with config.patch(_EVERY_GRAPH):
+            yield
+        return
+    with _every_graph_lock:
+        _every_graph_open.append(None if _every_graph_open else config.patch(_EVERY_GRAPH))
+        if len(_every_graph_open) == 1:
+            _every_graph_open[0].__enter__()
+    try:
+        yield
+    finally:
+        with _every_graph_lock:
+            last = _every_graph_open.pop()
+            if last is not None:
+                last.__exit__(None, None, None)
 
 
 @contextmanager

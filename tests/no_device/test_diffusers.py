@@ -108,7 +108,9 @@ assert "diffusers.quantizers.auto" not in waiting
 
 def test_import_pq_fx_suffices_and_imports_nobody() -> None:
     """Here pq_fx comes first; in this very process diffusers did."""
-    subprocess.run([sys.executable, "-c", ORDERS], check=True, timeout=300)
+    command = [sys.executable, "-c", ORDERS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["permuquant"] is pq_fx.PermuQuantConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,6 +147,33 @@ def test_models_that_are_quantized_at_once_are_those_quantized_alone() -> None:
         for name, value in alone.items():
             assert torch.equal(value.float(), together[i][name].float()), name
     assert torch._dynamo.config.recompile_limit == 8  # raised while calibrating
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_threads_leave_the_limit_as_it_was(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch 2.11 a limit is one for all threads: it stays raised until the last of them is done."""
+    from torch._dynamo import config
+
+    if shared:
+        monkeypatch.setattr(_torch, "_threads_share_settings", lambda: True)
+        first, second = _torch.every_graph(), _torch.every_graph()
+        for step in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None)):
+            step()
+            assert config.recompile_limit > 8
+        second.__exit__(None, None, None)
+    else:
+        barrier = Barrier(THREADS)
+
+        def work(i: int) -> None:
+            barrier.wait()
+            with _torch.every_graph():
+                barrier.wait()
+                assert config.recompile_limit > 8
+                time.sleep(0.01 * i)  # they leave in the order in which they came
+                assert config.recompile_limit > 8
+
+        at_once(work)
+    assert config.recompile_limit == 8
 
 
 def test_a_calibration_counts_calls_of_many_threads_whole() -> None:

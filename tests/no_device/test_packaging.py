@@ -83,8 +83,8 @@ def test_everything_imports_as_installed():
     import pq_fx.kernels
     import pq_fx.passes
 
-    assert Path(pq_fx.kernels.__file__).parent == ROOT / "kernels"
-    assert Path(pq_fx.passes.__file__).parent == ROOT / "passes"
+    assert Path(pq_fx.kernels.__file__).resolve().parent == ROOT / "kernels"
+    assert Path(pq_fx.passes.__file__).resolve().parent == ROOT / "passes"
     assert importlib.util.find_spec("passes") is None or not Path(
         str(importlib.util.find_spec("passes").origin)
     ).is_relative_to(ROOT)
