@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_checks import BOUNDS, Call, CheckFailed, as_bytes, check_quantized
 from torch import Tensor
 
 from pq_fx.kernels import reference, reference_ops
@@ -37,25 +36,6 @@ SMALL_KEYS = ("int4:64:bf16", "int3:32:pow2", "nvfp4:16:e4m3")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def thresholds() -> Any:
-    path = Path(__file__).resolve().parent.parent / "tests" / "thresholds.py"
-    spec = importlib.util.spec_from_file_location("thresholds", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-BOUNDS = thresholds()
-
-
-class CheckFailed(AssertionError):
-    """A kernel disagrees with the reference; the message names the case."""
-
-
-Call = Callable[[str, tuple[Any, ...]], Any]
-
-
 def launcher(name: str) -> Callable[..., Any]:
     """The Triton launcher of an op, without PyTorch's dispatch."""
     return getattr(import_module(_TRITON[name]), name)
@@ -69,11 +49,6 @@ def on_cuda(name: str, args: tuple[Any, ...]) -> Any:
 def interpreted(name: str, args: tuple[Any, ...]) -> Any:
     """Call an op's launcher on the CPU, in Triton's interpreter."""
     return launcher(name)(*to_device(args, "cpu"))
-
-
-def as_bytes(x: Tensor) -> Tensor:
-    """float4_e2m1fn_x2 as uint8, since PyTorch neither copies nor compares it; others as they are."""
-    return x.view(torch.uint8) if x.dtype == torch.float4_e2m1fn_x2 else x
 
 
 def to_device(args: tuple[Any, ...], device: str) -> list[Any]:
@@ -105,44 +80,6 @@ def activation_global(x: Tensor, fmt: Format) -> Tensor | None:
     if not fmt.two_level or x.numel() == 0:
         return None
     return reference.nvfp4_global_scale(x.float().abs().amax())
-
-
-def check_quantized(
-    case: str, name: str, args: tuple[Any, ...], call: Call, allowed: float
-) -> dict[str, Any]:
-    """Run a quantize op on both devices, compare bytes; `allowed` is the share that may differ."""
-    expected_data, expected_scale = getattr(reference_ops, name)(*args)
-    data, scale = call(name, args)
-    data, scale = as_bytes(data).cpu().view(data.dtype), scale.cpu()
-    if data.shape != expected_data.shape or scale.shape != expected_scale.shape:
-        raise CheckFailed(f"{case}: shapes {data.shape}, {scale.shape}")
-    if data.dtype != expected_data.dtype or scale.dtype != expected_scale.dtype:
-        raise CheckFailed(f"{case}: dtypes {data.dtype}, {scale.dtype}")
-    if scale.dtype != torch.uint8 and not bool(scale.float().isfinite().all()):
-        raise CheckFailed(f"{case}: a scale is not finite")
-    found, expected, negative_zero = _comparable(data), _comparable(expected_data), 0
-    if data.dtype == torch.float8_e4m3fn:
-        negative_zero = 0x80
-    elif data.dtype != torch.int8:
-        negative_zero = 0x08
-    different = found != expected
-    if allowed > 0.0:  # exp and erf near zero: the sign of a zero is not a step
-        different &= (found | expected) != negative_zero
-    share = float(different.float().mean()) if data.numel() else 0.0
-    scales = (
-        float((scale.float() != expected_scale.float()).float().mean()) if scale.numel() else 0.0
-    )
-    if share > allowed or (allowed == 0.0 and scales > 0.0):
-        raise CheckFailed(f"{case}: {share:.2e} of the codes, {scales:.2e} of the scales differ")
-    return {"case": case, "codes_differ": share, "scales_differ": scales, "allowed": allowed}
-
-
-def _comparable(data: Tensor) -> Tensor:
-    """Data of any carrier as one byte an element."""
-    found = data.view(torch.uint8)
-    if data.dtype == torch.float4_e2m1fn_x2:
-        return unpack(found, Format.parse("mxfp4:32:e8m0"), found.shape[-1] * 2)
-    return found
 
 
 def carriers_of(fmt: Format) -> list[str]:

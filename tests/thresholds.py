@@ -6,9 +6,11 @@ from __future__ import annotations
 # transcendental function or a rotation on tensor cores comes first. Those sums have another order
 # (1e-7 relative, approximations of exp up to 1e-6), the value is then rounded to 16 bits, and where
 # it lies that close to a rounding boundary it moves by a unit in the last place (2^-8): 2e-4 of the
-# values do. A code moves only if it is close to a boundary too; where it is a group's largest value,
-# the group's scale and all its bytes move.
+# values do. A code moves only if it is close to a boundary too.
 FLIPPED_CODES = 1e-3
+# Where such a value is its group's (or row's) largest, the scale and all bytes under it move: 2e-4 of the scales by the
+# count above. One of them is allowed in any case: of 82 rows one (1.2 %) moved on an H200, others saw none.
+MOVED_SCALES = 5e-3
 # Relative error ||out - ref|| / ||ref|| of kernels with the same quantized operands, by output
 # dtype: half a unit in the last place of the output (2^-9, 2^-12) plus fp32 sums in another order.
 OUTPUT_ERROR = {"bfloat16": 4e-3, "float16": 1e-3, "float32": 1e-3}
