@@ -140,6 +140,7 @@ class QuantLinear(PackedModule):
     """
 
     castable: ClassVar[tuple[str, ...]] = ("bias", "low_rank_up", "low_rank_down")
+    codes: ClassVar[tuple[str, ...]] = ("weight",)
 
     weight: Tensor
     weight_scale: Tensor

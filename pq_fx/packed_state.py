@@ -3,13 +3,15 @@
 `nn.Module.load_state_dict` copies whatever has the right shape: a float weight into 8-bit codes (same shape), or codes
 of another format or rotation. Neither would raise, and the model would compute nonsense. Nor would another conversion
 of the same model: all of its tensors would go over but not the record of its folds (applied.py), which later undoes
-them or fits a LoRA to them.
+them or fits a LoRA to them. Packed weights never change, so a state dict that says nothing of its conversion must hold
+this model's own.
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from pq_fx.errors import CheckpointError
@@ -22,11 +24,15 @@ class PackedModule(nn.Module):
     """A module whose tensors mean something only together with the settings that `packed_settings` names.
 
     A state dict carries these settings in its metadata (beside the tensors, as PyTorch's own module versions are), and
-    loading compares them. A state dict without metadata, such as one read from a file of tensors, is checked by dtype
-    and shape. Errors are collected by `load_state_dict`, which raises RuntimeError with all of them, strict or not.
+    loading compares them. A state dict without metadata, such as one read from a file of tensors, is checked by dtype,
+    shape and the packed weights themselves. Errors are collected by `load_state_dict`, which raises RuntimeError with
+    all of them, strict or not.
     """
 
     castable: ClassVar[tuple[str, ...]] = ()  # parameters that may be loaded from any float dtype
+    codes: ClassVar[
+        tuple[str, ...]
+    ] = ()  # parameters that two conversions have in common only if they are equal
     conversion: str | None = None  # digest of the whole model's record of folds
 
     def packed_settings(self) -> dict[str, Any]:
@@ -85,7 +91,17 @@ class PackedModule(nn.Module):
                     f"{prefix}{name} is {new.dtype} {list(new.shape)} in the state dict; expected {value.dtype} "
                     f"{list(value.shape)}: it was not quantized as this model was"
                 )
+            elif settings is None and self._differ(name, value, new):
+                wrong.append(
+                    f"{prefix}{name} holds other packed weights than this model, and the state dict carries no "
+                    "metadata that says of which conversion it is; use pq_fx.save and pq_fx.load"
+                )
         return wrong
+
+    def _differ(self, name: str, own: Tensor, new: Tensor) -> bool:
+        """Whether the state dict is of another conversion; not known of meta tensors, and while a model is built."""
+        known = self.conversion is not None and not (own.is_meta or new.is_meta)
+        return known and name in self.codes and not torch.equal(new.to(own.device), own)
 
 
 def guard(model: nn.Module, conversion: str) -> None:
@@ -107,7 +123,8 @@ def _refuse_misfits(
     for name, part in model.named_modules():
         if isinstance(part, PackedModule):
             at = f"{prefix}{name}"
-            settings = metadata.get(at, {}).get(_METADATA)
+            # PyTorch hands the hook of a part no metadata: there each module compares, in its turn.
+            settings = metadata.get(at, {}).get(_METADATA, {} if prefix else None)
             wrong += part._misfits(state_dict, f"{at}." if at else "", settings)
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""

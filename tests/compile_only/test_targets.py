@@ -113,8 +113,13 @@ def test_rows_stay_in_registers(rotation: int, permute: bool) -> None:
     padded = 2 * 4096 * constants["ROWS"] if permute else 0
     # 512 bytes: the matrix of signs, and sums of the warps.
     assert compiled.metadata.shared <= max(padded, 512)
-    # 4096 channels of two rows of 16 bits are 16 stores of four words by 64 threads.
-    assert len(re.findall(r"st\.shared\S*\.v4", ptx)) == (16 if permute else 0)
+    # 4096 channels of two rows of 16 bits are 64 words by each of 64 threads, and the norm's sums a few more. Triton
+    # before 3.8 stores four at once.
+    widths = re.findall(r"st\.shared(?:::cta)?(?:\.v([24]))?\.b32", ptx)
+    rows = 64 if permute else 0
+    assert rows <= sum(int(width or 1) for width in widths) < rows + 32
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+        assert widths.count("4") == rows // 4
     assert not re.search(r"ld\.shared\S*\.[bu]16", ptx)
     assert ("mma" in ptx) == (rotation > 0)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 
 import pytest
 import torch
 import toy
+from safetensors.torch import load_file, save_model
 from toy import CONFIG, bytes_of, out, quantized, rows
 
 import pq_fx
@@ -44,6 +46,28 @@ def test_another_conversion_of_the_same_model_is_refused() -> None:
         model.load_state_dict(other.state_dict())
     assert bytes_of(model) == before
     assert torch.equal(out(model), want)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_one_without_metadata_is_told_by_its_packed_weights(assign: bool, tmp_path) -> None:
+    """A plain dict, or one read from safetensors: formats, names and shapes agree, the order of channels does not."""
+    model = quantized(toy.toy())
+    before, want = bytes_of(model), out(model)
+    rotated = quantized(toy.toy(), dataclasses.replace(CONFIG, method="permuquant-h"))
+    save_model(other_conversion(), tmp_path / "s")
+    for state in (dict(other_conversion().state_dict()), load_file(tmp_path / "s")):
+        with pytest.raises(CheckpointError, match=r"other packed weights than this model, and"):
+            model.load_state_dict(state, strict=False, assign=assign)
+    with pytest.raises(CheckpointError, match=r"other packed weights"):
+        model.load_state_dict(dict(rotated.state_dict()), strict=False, assign=assign)
+    assert bytes_of(model) == before and torch.equal(out(model), want)
+    save_model(model, tmp_path / "s")
+    model.load_state_dict(load_file(tmp_path / "s"), strict=False)
+    assert torch.equal(out(model), want)
+    with pytest.raises(RuntimeError, match="other packed weights"):
+        torch.nn.Sequential(model).load_state_dict(
+            {f"0.{name}": value for name, value in rotated.state_dict().items()}, strict=False
+        )
 
 
 def test_state_dicts_of_the_same_conversion_load(tmp_path) -> None:
