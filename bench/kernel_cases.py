@@ -24,6 +24,9 @@ KEYS = (
     "int4:128:bf16",
     "int3:64:bf16",
     "int3:32:pow2",
+    "int4f:64:bf16",
+    "int4f:16:bf16",
+    "int3f:32:bf16",
     "nvfp4:16:e4m3",
     "mxfp4:32:e8m0",
     "fp8:0:fp32",
@@ -32,7 +35,7 @@ KEYS = (
     "int8:32:fp32",
 )
 LONG_ROW_KEYS = ("int4:64:bf16", "nvfp4:16:e4m3", "fp8:0:fp32")
-SMALL_KEYS = ("int4:64:bf16", "int3:32:pow2", "nvfp4:16:e4m3")
+SMALL_KEYS = ("int4:64:bf16", "int3:32:pow2", "int4f:64:bf16", "nvfp4:16:e4m3")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -19,6 +19,10 @@ def code_value(code, ELEMENT: tl.constexpr):
         wide = code.to(tl.int32)
         magnitude = float_of((wide & 7) | 0x4B000000) - 8388608.0  # cheaper than a conversion
         return float_of(bits_of(magnitude) ^ ((wide & 8) << 28))
+    elif ELEMENT == "int4f":
+        return float_of((code.to(tl.int32) & 15) | 0x4B000000) - 8388616.0
+    elif ELEMENT == "int3f":
+        return float_of((code.to(tl.int32) & 7) | 0x4B000000) - 8388612.0
     elif ELEMENT == "int3":
         wide = code.to(tl.int32)
         magnitude = float_of((wide & 3) | 0x4B000000) - 8388608.0
@@ -36,6 +40,8 @@ def code_lattice(code, ELEMENT: tl.constexpr):
     """int8 lattice points of uint8 code points: integers, e2m1's values doubled (0 to 12)."""
     if ELEMENT == "int8":
         return code.to(tl.int8, bitcast=True)
+    elif ELEMENT == "int4f" or ELEMENT == "int3f":
+        return (code.to(tl.int32) - (8 if ELEMENT == "int4f" else 4)).to(tl.int8)
     else:
         wide = code.to(tl.int32)
         bits: tl.constexpr = 2 if ELEMENT == "int3" else 3
@@ -63,15 +69,15 @@ def scale_value(stored, SCALE: tl.constexpr):
 def load_code(base, channel, mask, CHANNELS, ELEMENT: tl.constexpr):
     """Code points (uint8) of `channel` (index tensor) from packed rows that start at `base`.
 
-    Layouts of `pq_fx.kernels.pack`: 4-bit, even channel in the low nibble; int3, CHANNELS/4 bytes
+    Layouts of `pq_fx.kernels.pack`: 4-bit, even channel in the low nibble; 3-bit, CHANNELS/4 bytes
     of magnitudes then CHANNELS/8 bytes of signs; 8-bit, the byte.
     """
-    if ELEMENT == "int3":
+    if ELEMENT == "int3" or ELEMENT == "int3f":
         magnitude = tl.load(base + channel // 4, mask=mask, other=0).to(tl.int32)
         sign = tl.load(base + CHANNELS // 4 + channel // 8, mask=mask, other=0).to(tl.int32)
         low = (magnitude >> ((channel % 4) * 2)) & 3
         return (low | (((sign >> (channel % 8)) & 1) << 2)).to(tl.uint8)
-    elif ELEMENT == "int4" or ELEMENT == "e2m1":
+    elif ELEMENT == "int4" or ELEMENT == "int4f" or ELEMENT == "e2m1":
         byte = tl.load(base + channel // 2, mask=mask, other=0).to(tl.int32)
         return ((byte >> ((channel % 2) * 4)) & 15).to(tl.uint8)
     else:

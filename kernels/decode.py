@@ -1,7 +1,7 @@
 """Triton: packed weights to an fp8 operand with row scales, or to 16/32-bit values, once a call.
 
 The fp8 form is `reference.e4m3_operand`: ``data = e4m3(element * (s / r))`` with s the group's
-scale (times the global one) and r = max(s of the row) / operand_gain. It costs one pass over the
+scale (times the global one) and r = max(|s| of the row) / operand_gain. It costs one pass over the
 packed bytes and is exact where every s / r is a power of two (mxfp4, "pow2"); the GEMM behind it
 then runs at the full fp8 rate with scales outside its main loop. Packed layouts:
 `pq_fx.kernels.pack`.
@@ -133,7 +133,7 @@ def _decode_kernel(
     if HAS_GLOBAL:
         factor = tl.load(global_ptr).to(tl.float32) * factor
     if TO_FP8:
-        # Scales are positive or NaN: their bits order as integers, NaN last. Padding counts as 0.
+        # Without their sign scales order by their bits as integers, NaN last. Padding counts as 0.
         bits = tl.where(present, bits_of(factor) & 0x7FFFFFFF, 0)
         largest = float_of(tl.max(bits, axis=0)) * (1.0 / GAIN)
         largest = tl.where(largest == largest, tl.maximum(largest, _ROW_SCALE_FLOOR), largest)
@@ -142,7 +142,7 @@ def _decode_kernel(
     # Not a reshape of one range, and a constant row length: the compiler must see that neighbors
     # are contiguous and their masks equal, or it loads single bytes.
     offsets = index[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    if ELEMENT == "int4" or ELEMENT == "e2m1":
+    if ELEMENT == "int4" or ELEMENT == "int4f" or ELEMENT == "e2m1":
         pairs = index[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
         packed = tl.load(weight_ptr + pairs, mask=pairs < CHANNELS // 2, other=0)
         low = code_value(packed & 15, ELEMENT) * factor[:, None]

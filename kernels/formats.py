@@ -8,11 +8,17 @@ name     code point                                            max_value
 =======  ====================================================  =========
 int4     sign-magnitude nibble: bit 3 sign, bits 0-2 0..7      7
 int3     sign-magnitude: bit 2 sign, bits 0-1 0..3             3
+int4f    offset binary nibble: value + 8, -8..7                8
+int3f    offset binary: value + 4, -4..3                       4
 nvfp4    e2m1 nibble of OCP MX v1.0 section 5.3.3              6
 mxfp4    e2m1 nibble                                           6
 fp8      e4m3fn byte                                           448
 int8     two's complement byte, -127..127                      127
 =======  ====================================================  =========
+
+int4f and int3f ("full range") use every code point. Their scales have a sign: it turns each group so that
+its largest element comes to lie on -8 (-4), the end that has no counterpart. So does Q4_0 of GGUF (ggml,
+`quantize_row_q4_0_ref` in ggml-quants.c).
 """
 
 from __future__ import annotations
@@ -43,6 +49,8 @@ class _Element:
 _ELEMENTS: dict[str, _Element] = {
     "int4": _Element("int4", 4, 7.0, (64, 16, 32, 128), ("bf16", "pow2"), 64),
     "int3": _Element("int3", 3, 3.0, (64, 16, 32, 128), ("bf16", "pow2"), 128),
+    "int4f": _Element("int4f", 4, 8.0, (64, 16, 32, 128), ("bf16",), 32),
+    "int3f": _Element("int3f", 3, 4.0, (64, 16, 32, 128), ("bf16",), 64),
     "nvfp4": _Element("e2m1", 4, 6.0, (16,), ("e4m3",), 64),
     "mxfp4": _Element("e2m1", 4, 6.0, (32,), ("e8m0",), 64),
     "fp8": _Element("e4m3", 8, 448.0, (0, *INTEGER_GROUPS), ("fp32",), 1),
@@ -67,9 +75,9 @@ class Format:
     """One number format.
 
     Attributes:
-        name: "int4", "int3", "nvfp4", "mxfp4", "fp8" or "int8".
+        name: "int4", "int3", "int4f", "int3f", "nvfp4", "mxfp4", "fp8" or "int8".
         group_size: contiguous channels that share a scale; 0 = one scale a row (fp8 and int8 only).
-        scale: "bf16" or "pow2" (int4, int3), "e4m3" (nvfp4), "e8m0" (mxfp4), "fp32" (fp8, int8).
+        scale: "bf16" or "pow2" (int4, int3), "bf16" (int4f, int3f), "e4m3" (nvfp4), "e8m0" (mxfp4), "fp32" (fp8, int8).
 
     Raises:
         FormatError: the three do not name a known format.
@@ -106,7 +114,7 @@ class Format:
 
     @property
     def element(self) -> str:
-        """Element type: "int4", "int3", "e2m1", "e4m3" or "int8"."""
+        """Element type: "int4", "int3", "int4f", "int3f", "e2m1", "e4m3" or "int8"."""
         return _ELEMENTS[self.name].element
 
     @property
@@ -123,6 +131,11 @@ class Format:
     def max_value(self) -> float:
         """Largest magnitude of an element before its scale."""
         return _ELEMENTS[self.name].max_value
+
+    @property
+    def full_range(self) -> bool:
+        """Whether elements are -max_value to max_value - 1 and group scales have a sign (int4f, int3f)."""
+        return self.element in ("int4f", "int3f")
 
     @property
     def operand_gain(self) -> int:
@@ -186,7 +199,7 @@ def _parse(key: str) -> Format:
 
 
 def get_format(name: str, group_size: int | None = None, scale: str | None = None) -> Format:
-    """Format by name, with its defaults: int4/int3 g64 bf16, nvfp4 g16, mxfp4 g32, fp8/int8 a row.
+    """Format by name, with its defaults: integers g64 bf16, nvfp4 g16, mxfp4 g32, fp8/int8 a row.
 
     Raises:
         FormatError: unknown name, group size or scale type.

@@ -1,6 +1,6 @@
 """Triton GEMM on int8 tensor cores: lattice points by packed weights, exact, for sm_80 and sm_86.
 
-Elements of int4, int3 and int8, and e2m1's doubled, are int8 lattice points: products and the int32
+Integer elements, and e2m1's doubled, are int8 lattice points: products and the int32
 sums of a group are exact, then group scales multiply them in fp32. Ampere's int8 tensor cores run at
 twice the 16-bit rate. An int8 dot takes 32 channels, so groups of 16 go to `gemm_codes`.
 """
@@ -93,7 +93,7 @@ def _load_lattice(
     ELEMENT: tl.constexpr,
 ):
     """int8 lattice points [ROWS, COUNT] of channels first to first + COUNT of packed rows `base`."""
-    if ELEMENT == "int4" or ELEMENT == "e2m1":
+    if ELEMENT == "int4" or ELEMENT == "int4f" or ELEMENT == "e2m1":
         byte = first // 2 + tl.arange(0, COUNT // 2)[None, :]
         packed = tl.load(base + byte, mask=byte < CHANNELS // 2, other=0)
         low, high = code_lattice(packed & 15, ELEMENT), code_lattice(packed >> 4, ELEMENT)

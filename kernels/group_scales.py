@@ -35,9 +35,14 @@ def _larger(a, b):
 
 
 @triton.jit
-def largest(x, axis: tl.constexpr):
-    """Largest magnitude along an axis; NaN wins."""
-    if _INTERPRETED:
+def largest(x, axis: tl.constexpr, ELEMENT: tl.constexpr):
+    """Largest magnitude along an axis; NaN wins. int4f, int3f: with its sign, the negative one of equals."""
+    if ELEMENT == "int4f" or ELEMENT == "int3f":
+        # As integers with the sign in the lowest bit: a rotation of bits and one reduction.
+        bits = x.to(tl.uint32, bitcast=True)
+        most = tl.max((bits << 1) | (bits >> 31), axis=axis)
+        return ((most >> 1) | (most << 31)).to(tl.float32, bitcast=True)
+    elif _INTERPRETED:
         # As integers: the magnitude's order is kept, and NaN is larger than everything.
         return float_of(tl.max(bits_of(x) & 0x7FFFFFFF, axis=axis))
     else:
@@ -49,6 +54,8 @@ def group_scales(
     groups, amax, global_scale, ELEMENT: tl.constexpr, SCALE: tl.constexpr, TOP: tl.constexpr
 ):
     """Scales of groups [R, G, g] with largest magnitudes amax [R, G], and how to encode with them.
+
+    int4f, int3f: amax and scales have a sign.
 
     Returns (stored, divisor, inverse, value), each [R, G]: `stored` the byte of one-byte scales and
     the fp32 value of others, `x / divisor` (or x * inverse where the format is defined so) the
@@ -94,6 +101,10 @@ def group_scales(
         scale = tl.where(halve, scale * 0.5, scale)
         inverse = tl.where(halve, inverse * 2.0, inverse)
         return scale, scale, inverse, scale
+    elif ELEMENT == "int4f" or ELEMENT == "int3f":
+        scale = amax * (-1.0 / TOP)
+        scale = round_bfloat16(tl.where(tl.abs(scale) < _SCALE_FLOOR, _SCALE_FLOOR, scale))
+        return scale, scale, reciprocal(scale), scale
     else:
         scale = divide_rounded(amax, TOP, 1.0 / TOP)
         scale = tl.where(scale == scale, tl.maximum(scale, _SCALE_FLOOR), scale)
@@ -134,6 +145,10 @@ def round_elements(
         magnitude = tl.abs(scaled if LATER else round_float_lattice(scaled, -6, 3))
         # The sign of the input: the division's last multiply-add turns -0 into +0.
         return float_of(bits_of(magnitude) | (bits_of(groups) & -2147483648))
+    elif ELEMENT == "int4f" or ELEMENT == "int3f":
+        # Without a clip only the end that no scale was made for saturates.
+        elements = tl.minimum(round_integer(scaled), TOP - 1.0)
+        return tl.maximum(elements, -TOP) if HAS_CLIP else elements
     elif SCALE == "pow2" or HAS_CLIP:
         return clamp_symmetric(round_integer(scaled), TOP)
     else:
@@ -148,6 +163,9 @@ def element_code(value, ELEMENT: tl.constexpr):
         return e4m3_byte(value, False)
     elif ELEMENT == "int8":
         return value.to(tl.int32).to(tl.uint8)
+    elif ELEMENT == "int4f" or ELEMENT == "int3f":
+        # Added to 2^23 an integer stands in the lowest bits; cheaper than a conversion.
+        return bits_of(value + (8388616.0 if ELEMENT == "int4f" else 8388612.0)).to(tl.uint8)
     elif ELEMENT == "e2m1":
         magnitude = tl.abs(value)
         normal = (bits_of(magnitude) >> 22) - 252

@@ -1,9 +1,10 @@
 """Packing of code points into bytes, and back. Exact bit moves, any device, traceable.
 
 4-bit formats: two code points a byte, the even channel in the low nibble; this is the layout of
-torchao's NVFP4Tensor and MXTensor (``pack_uint4``). 8-bit formats: the byte itself. int3, planes
+torchao's NVFP4Tensor and MXTensor (``pack_uint4``). 8-bit formats: the byte itself. 3 bits, planes
 in each row: first K/4 bytes of magnitudes (channel 4i+j at bits 2j and 2j+1 of byte i), then K/8
-bytes of signs (channel 8i+j at bit j of byte i), so 3 bits an element without straddling a byte.
+bytes of signs (channel 8i+j at bit j of byte i), so 3 bits an element without straddling a byte. int3f has
+its two lower bits in the place of magnitudes, its highest in that of signs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def pack(codes: Tensor, fmt: Format) -> Tensor:
     """Pack code points uint8 [..., K] into uint8 [..., K * bits / 8].
 
     Raises:
-        FormatError: codes are not uint8, or K does not fill whole bytes (int3 K % 8, 4 bits K % 2).
+        FormatError: codes are not uint8, or K does not fill whole bytes (3 bits K % 8, 4 bits K % 2).
     """
     if codes.dtype != torch.uint8:
         raise FormatError(f"pack wants uint8 code points, got {codes.dtype}; call quantize first")

@@ -10,7 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pq_fx.kernels.group_scales import element_code, group_scales, largest, round_elements
+from pq_fx.kernels.group_scales import (
+    element_code,
+    group_scales,
+    largest,
+    round_elements,
+)
 from pq_fx.kernels.reference import ROW_SCALE_FLOOR
 from pq_fx.kernels.rotate_row import rotate
 from pq_fx.kernels.rounding import as_bytes, bits_of, divide_rounded, e4m3_byte, float_of, widen
@@ -26,13 +31,17 @@ def _groups(
     GROUP: tl.constexpr,
     ROTATION: tl.constexpr,
     BY_DOT: tl.constexpr,
+    ELEMENT: tl.constexpr,
 ):
-    """Rotated groups fp32 [ROWS, G, g] of y [ROWS, LENGTH] and their largest magnitudes; infinity gives NaN."""
+    """Rotated groups fp32 [ROWS, G, g] of y [ROWS, LENGTH] and their largest magnitudes; infinity gives NaN.
+
+    int4f, int3f: their extremes, with a sign.
+    """
     if ROTATION > 0:
         y = rotate(y, ROWS, LENGTH, ROTATION, BY_DOT)
     size: tl.constexpr = GROUP if GROUP > 0 else LENGTH
     groups = tl.reshape(widen(y), [ROWS, LENGTH // size, size])
-    amax = largest(groups, 2)
+    amax = largest(groups, 2, ELEMENT)
     return groups, amax + (
         amax - amax
     )  # an infinite group is NaN in every format, as in the reference
@@ -41,7 +50,7 @@ def _groups(
 @triton.jit
 def _row_scale(value, FIRST: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr):
     """Largest group factor [ROWS] of value [ROWS, G]; groups beyond CHANNELS do not count."""
-    # Positive or NaN, so their bits order as integers.
+    # Without the sign, so bits order as integers, NaN last.
     bits = bits_of(value) & 0x7FFFFFFF
     if GROUP > 0 and FIRST + value.shape[1] * GROUP > CHANNELS:
         index = FIRST + tl.arange(0, value.shape[1]) * GROUP
@@ -166,9 +175,9 @@ def quantize_rows_store(
     global_scale = 1.0
     if HAS_GLOBAL:
         global_scale = tl.load(global_ptr).to(tl.float32)
-    groups, amax = _groups(head, ROWS, HEAD, GROUP, ROTATION, BY_DOT)
+    groups, amax = _groups(head, ROWS, HEAD, GROUP, ROTATION, BY_DOT, ELEMENT)
     if TAIL > 0:
-        tail_groups, tail_amax = _groups(tail, ROWS, TAIL, GROUP, ROTATION, BY_DOT)
+        tail_groups, tail_amax = _groups(tail, ROWS, TAIL, GROUP, ROTATION, BY_DOT, ELEMENT)
         if GROUP == 0:
             amax = tl.maximum(amax, tail_amax, propagate_nan=tl.PropagateNan.ALL)
             tail_amax = amax

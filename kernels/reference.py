@@ -32,7 +32,7 @@ from pq_fx.kernels.values import (
     scale_values,
 )
 
-# Smallest scale of int4, int3, fp8 and int8: zero groups divide by it instead of by zero, and it
+# Smallest scale of integers and fp8: zero groups divide by it instead of by zero, and it
 # keeps scales and their quotients away from fp32's subnormals, which some devices flush.
 SCALE_FLOOR = 2.0**-100
 # Smallest nvfp4 group scale: e4m3's smallest normal number, as torchao and ModelOpt clamp it.
@@ -154,13 +154,20 @@ def nearest(
 def _groups(
     x: Tensor, fmt: Format, global_scale: Tensor | None, clip: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """x as groups fp32 [..., G, g], and their largest magnitudes [..., G, 1], NaN for an infinity."""
+    """x as groups fp32 [..., G, g], and their largest magnitudes [..., G, 1], NaN for an infinity.
+
+    Formats of full range: the element of largest magnitude with its sign, the negative one of equals.
+    """
     channels = x.shape[-1]
     fmt.check_channels(channels)
     if global_scale is not None and not fmt.two_level:
         raise FormatError(f"{fmt.key} has no global scale; only nvfp4 has two-level scaling")
     groups = x.float().unflatten(-1, (fmt.groups(channels), fmt.group_size or channels))
-    amax = groups.abs().amax(dim=-1, keepdim=True)
+    if fmt.full_range:
+        amax, amin = groups.amax(dim=-1, keepdim=True), groups.amin(dim=-1, keepdim=True)
+        amax = torch.where(amax > -amin, amax, amin)
+    else:
+        amax = groups.abs().amax(dim=-1, keepdim=True)
     amax = torch.where(amax.isinf(), math.nan, amax)
     return groups, amax if clip is None else amax * clip.float()
 
@@ -239,6 +246,10 @@ def _group_scale(groups: Tensor, amax: Tensor, fmt: Format, global_scale: Tensor
         return scale.clamp(min=E4M3_TINY, max=E4M3_MAX).to(torch.float8_e4m3fn)
     if fmt.scale == "pow2":
         return _pow2_scale(groups, amax, fmt)
+    if fmt.full_range:
+        # The element of largest magnitude comes to lie on -max_value.
+        scale = _divide(amax, -fmt.max_value)
+        return round_bf16(torch.where(scale.abs() < SCALE_FLOOR, SCALE_FLOOR, scale)).bfloat16()
     scale = _divide(amax, fmt.max_value).clamp(min=SCALE_FLOOR)
     return round_bf16(scale).to(torch.bfloat16) if fmt.scale == "bf16" else scale
 

@@ -37,7 +37,7 @@ def _round_columns_kernel(
     inside = n < N
     column = tl.arange(0, PADDED)
     factor = tl.load(factor_ptr + n, mask=inside, other=1.0)
-    divisor = tl.where(factor > 0, factor, 1.0)
+    divisor = tl.where(factor != 0, factor, 1.0)
     lost = tl.zeros([PADDED, BLOCK_N], tl.float32)
     for j in range(COLUMNS):
         # Above the diagonal: only columns before j have a share.

@@ -36,6 +36,8 @@ def element_values(codes: Tensor, fmt: Format) -> Tensor:
         return codes.view(torch.float8_e4m3fn).float()
     if fmt.element == "int8":
         return codes.view(torch.int8).float()
+    if fmt.full_range:
+        return codes.float() - fmt.max_value
     sign_bit = 1 << (fmt.bits - 1)
     magnitude = (codes & (sign_bit - 1)).float()
     if fmt.element == "e2m1":  # 0 .5 1 1.5 | 2 3 | 4 6
@@ -54,7 +56,9 @@ def element_codes(scaled: Tensor, fmt: Format) -> Tensor:
         return _e2m1_codes(scaled)
     if fmt.element == "e4m3":
         return scaled.clamp(-top, top).to(torch.float8_e4m3fn).view(torch.uint8)
-    integer = scaled.round().clamp(-top, top)
+    integer = _integers(scaled, fmt)
+    if fmt.full_range:
+        return (integer + top).to(torch.uint8)
     if fmt.element == "int8":
         return integer.to(torch.int8).view(torch.uint8)
     sign_bit = float(1 << (fmt.bits - 1))
@@ -68,11 +72,16 @@ def nearest_elements(scaled: Tensor, fmt: Format) -> Tensor:
     if fmt.element == "e4m3":
         return scaled.clamp(-top, top).to(torch.float8_e4m3fn).float()
     if fmt.element != "e2m1":
-        return scaled.round().clamp(-top, top)
+        return _integers(scaled, fmt)
     a = scaled.clamp(-top, top)
     size = a.abs()
     upper = torch.where(size < 4.0, a.round(), (a * 0.5).round() * 2.0)
     return torch.where(size < 2.0, (a * 2.0).round() * 0.5, upper)
+
+
+def _integers(scaled: Tensor, fmt: Format) -> Tensor:
+    """Nearest even integers of an integer format, saturating."""
+    return scaled.round().clamp(-fmt.max_value, fmt.max_value - fmt.full_range)
 
 
 def _e2m1_codes(scaled: Tensor) -> Tensor:
@@ -98,8 +107,10 @@ def packed_values(packed: Tensor, fmt: Format, channels: int) -> Tensor:
         return _look_up(packed, element_values(unpack(byte, fmt, 2), fmt))
     magnitude, sign = packed.split([channels // 4, channels // 8], dim=-1)
     two_bits = torch.cat([(byte >> (2 * i)) & 3 for i in range(4)], dim=-1).float()
-    signs = torch.cat([(byte >> i) & 1 for i in range(8)], dim=-1).float() * -2.0 + 1.0
-    return _look_up(magnitude, two_bits) * _look_up(sign, signs)
+    signs = torch.cat([(byte >> i) & 1 for i in range(8)], dim=-1).float()
+    if fmt.full_range:
+        return _look_up(magnitude, two_bits) + _look_up(sign, signs * 4.0 - 4.0)
+    return _look_up(magnitude, two_bits) * _look_up(sign, signs * -2.0 + 1.0)
 
 
 def _look_up(packed: Tensor, table: Tensor) -> Tensor:
@@ -116,13 +127,14 @@ def fold_scale(values: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tens
 
     From elements fp32 [..., K] and group scales s fp32 [..., G] (global scale included) to
     (data float8_e4m3fn [..., K], row scale r fp32 [..., 1]) with
-    ``r = max(max over the row of s / operand_gain, 2^-120)`` and
+    ``r = max(max over the row of |s| / operand_gain, 2^-120)`` and
     ``data = e4m3(element * (s / r))``, nearest even. operand_gain is a power of two, so data is
     exact when every s is a power of two times the largest one (mxfp4, "pow2"; down to 2^-15 of it)
     and for plain fp8 rows, where r = s and data are the codes. For int4, r = max(s * 7) / 448.
     One NaN makes its row NaN.
     """
-    row = (scale.amax(dim=-1, keepdim=True) * (1.0 / fmt.operand_gain)).clamp(min=ROW_SCALE_FLOOR)
+    row = scale.abs().amax(dim=-1, keepdim=True) * (1.0 / fmt.operand_gain)
+    row = row.clamp(min=ROW_SCALE_FLOOR)
     data = apply_scale(values, scale / row).clamp(-E4M3_MAX, E4M3_MAX)
     return data.to(torch.float8_e4m3fn), row
 

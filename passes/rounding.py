@@ -245,7 +245,7 @@ def round_columns(
         errors: fp32 [b, N], set to what the rounding of each column lost.
     """
     # A scale of zero (mxfp4's smallest, flushed) holds zeros only.
-    divisor = factor.where(factor > 0, torch.ones_like(factor))
+    divisor = factor.where(factor != 0, torch.ones_like(factor))
     for j, now in enumerate(block):
         torch.bucketize(now / divisor, bounds, out_int32=True, out=index[j])
         torch.addcmul(now, values.index_select(0, index[j]), factor, value=-1, out=errors[j])

@@ -59,6 +59,12 @@ def quantize_group(
     pow2 is not decided here: `pow2_candidates` gives its two scales.
     """
     amax = max(abs(v) for v in x)
+    if name in ("int4f", "int3f"):
+        half = 8 if name == "int4f" else 4
+        extreme = -amax if -amax in x else amax
+        scale = round_bits(f32(extreme / -half), 8) if amax / half >= 2.0**-100 else 2.0**-100
+        q = [max(-half, min(half - 1, int(np.rint(f32(v / scale))))) for v in x]
+        return [i + half for i in q], scale, [i * scale for i in q]
     if name in ("int4", "int3", "int8", "fp8"):
         top = {"int4": 7, "int3": 3, "int8": 127, "fp8": 448}[name]
         scale = max(f32(amax / top), 2.0**-100)

@@ -80,12 +80,15 @@ ROW_TYPES = {
 }
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-def test_norm_quantize(chip: int) -> None:
+@pytest.mark.parametrize(
+    ("chip", "key"),
+    [(chip, "int4f:64:bf16") for chip in CHIPS] + [(80, "int4:64:bf16"), (90, "int4:64:bf16")],
+)
+def test_norm_quantize(chip: int, key: str) -> None:
     carrier = "codes" if chip == 80 else "e4m3"
     flags = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_GLOBAL", "HAS_CLIP"), False)
     flags |= dict.fromkeys(("RMS", "HAS_SCALE", "HAS_SHIFT"), True) | {"HAS_PERM": chip == 90}
-    constants = row_constants("int4:64:bf16", carrier, chip, 768, **flags)
+    constants = row_constants(key, carrier, chip, 768, **flags)
     types = {**ROW_TYPES, "scale_ptr": "*bf16" if chip == 80 else "*fp32"}
     if chip == 90:
         types["eps"] = "fp64"  # as Inductor passes a Python float
@@ -138,7 +141,8 @@ def test_act_quantize(chip: int) -> None:
 @pytest.mark.parametrize(
     ("chip", "key", "count"),
     [(chip, "int4:64:bf16", 1) for chip in FP8_CHIPS]
-    + [(90, "int4:64:bf16", 4), (90, "int3:64:bf16", 1)],
+    + [(chip, "int4f:64:bf16", 1) for chip in FP8_CHIPS]
+    + [(90, "int4:64:bf16", 4), (90, "int3:64:bf16", 1), (90, "int3f:64:bf16", 1)],
 )
 def test_decode(chip: int, key: str, count: int) -> None:
     fmt = Format.parse(key)
@@ -215,7 +219,7 @@ def test_dequantizing_gemm(chip: int) -> None:
 
 
 @pytest.mark.parametrize("chip", [80, 86, 90])
-@pytest.mark.parametrize("key", ["int4:64:bf16", "mxfp4:32:e8m0", "int3:128:pow2"])
+@pytest.mark.parametrize("key", ["int4:64:bf16", "mxfp4:32:e8m0", "int3f:128:bf16"])
 def test_int8_gemm_uses_int8_tensor_cores(chip: int, key: str) -> None:
     fmt = Format.parse(key)
     constants = {
@@ -284,7 +288,8 @@ def test_e2m1_gemm_uses_block_scaled_tensor_cores(chip: int, key: str, instructi
 @pytest.mark.parametrize(
     ("chip", "key"),
     [(chip, "int4:64:bf16") for chip in CHIPS]
-    + [(chip, key) for chip in (80, 90) for key in ("nvfp4:16:e4m3", "int3:64:bf16")]
+    + [(chip, "int4f:64:bf16") for chip in CHIPS]
+    + [(chip, k) for chip in (80, 90) for k in ("nvfp4:16:e4m3", "int3:64:bf16", "int3f:64:bf16")]
     + [(90, "fp8:0:fp32")],
 )
 def test_gemv(chip: int, key: str) -> None:

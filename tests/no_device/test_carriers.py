@@ -17,6 +17,7 @@ KEYS = (
     "int4:64:bf16",
     "int3:32:pow2",
     "int8:0:fp32",
+    "int4f:32:bf16",
     "nvfp4:16:e4m3",
     "mxfp4:32:e8m0",
     "fp8:0:fp32",
@@ -43,7 +44,7 @@ def weight_of(key: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def test_what_carries_what() -> None:
-    assert [k for c, k in EXACT if c == "int8"] == [*KEYS[:3], "mxfp4:32:e8m0"]
+    assert [k for c, k in EXACT if c == "int8"] == [*KEYS[:4], "mxfp4:32:e8m0"]
     assert [k for c, k in EXACT if c == "e2m1"] == ["nvfp4:16:e4m3", "mxfp4:32:e8m0"]
     x = torch.randn(2, K)
     for carrier, key in (
@@ -101,10 +102,10 @@ def test_fakes(carrier: str, key: str) -> None:
 @pytest.mark.parametrize(
     ("capability", "found"),
     [
-        ((8, 0), ["int8", "int8", "int8", "codes", "int8", "codes"]),
-        ((9, 0), ["e4m3"] * 6),
-        ((10, 0), ["codes", "codes", "codes", "e2m1", "e2m1", "codes"]),
-        ((12, 0), ["codes", "codes", "codes", "e2m1", "e2m1", "codes"]),
+        ((8, 0), ["int8", "int8", "int8", "int8", "codes", "int8", "codes"]),
+        ((9, 0), ["e4m3"] * 7),
+        ((10, 0), ["codes", "codes", "codes", "codes", "e2m1", "e2m1", "codes"]),
+        ((12, 0), ["codes", "codes", "codes", "codes", "e2m1", "e2m1", "codes"]),
     ],
 )
 def test_the_carrier_of_a_module_is_the_devices(

@@ -73,7 +73,7 @@ def test_same_with_another_activation_group():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"format": "int5"}, "int5.*int4, int3, nvfp4"),
+        ({"format": "int5"}, "int5.*int4, int3, int4f"),
         ({"format": None}, "format is None"),
         ({"group_size": 48}, "48.*known: 16, 32, 64, 128"),
         ({"group_size": True}, "expected an integer"),

@@ -13,6 +13,8 @@ from pq_fx.kernels.formats import FORMAT_NAMES, Format, get_format
 TABLE = {
     "int4": ("int4", 4, 7, (16, 32, 64, 128), ("bf16", "pow2")),
     "int3": ("int3", 3, 3, (16, 32, 64, 128), ("bf16", "pow2")),
+    "int4f": ("int4f", 4, 8, (16, 32, 64, 128), ("bf16",)),
+    "int3f": ("int3f", 3, 4, (16, 32, 64, 128), ("bf16",)),
     "nvfp4": ("e2m1", 4, 6, (16,), ("e4m3",)),
     "mxfp4": ("e2m1", 4, 6, (32,), ("e8m0",)),
     "fp8": ("e4m3", 8, 448, (0, 16, 32, 64, 128), ("fp32",)),
@@ -40,6 +42,8 @@ def test_names_and_defaults() -> None:
     assert [get_format(n).key for n in TABLE] == [
         "int4:64:bf16",
         "int3:64:bf16",
+        "int4f:64:bf16",
+        "int3f:64:bf16",
         "nvfp4:16:e4m3",
         "mxfp4:32:e8m0",
         "fp8:0:fp32",
@@ -69,7 +73,9 @@ def test_what_is_no_key_is_refused(key: str) -> None:
 
 def test_unknown_name_lists_the_known_ones() -> None:
     for make in (lambda: Format("int5", 64, "bf16"), lambda: get_format("int5")):
-        with pytest.raises(FormatError, match="'int5'.*int4, int3, nvfp4, mxfp4, fp8, int8"):
+        with pytest.raises(
+            FormatError, match="'int5'.*int4, int3, int4f, int3f, nvfp4, mxfp4, fp8, int8"
+        ):
             make()
 
 

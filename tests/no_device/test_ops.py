@@ -30,6 +30,7 @@ KEYS = (
     "int4:64:bf16",
     "int4:32:pow2",
     "int3:64:bf16",
+    "int4f:64:bf16",
     "nvfp4:16:e4m3",
     "mxfp4:32:e8m0",
     "fp8:0:fp32",

@@ -17,6 +17,8 @@ from pq_fx.kernels.values import packed_values
 KEYS = (
     "int4:64:bf16",
     "int3:64:bf16",
+    "int4f:64:bf16",
+    "int3f:64:bf16",
     "nvfp4:16:e4m3",
     "mxfp4:32:e8m0",
     "fp8:0:fp32",

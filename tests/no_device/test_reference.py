@@ -34,6 +34,8 @@ KEYS = (
     "int4:16:pow2",
     "int3:32:bf16",
     "int3:64:pow2",
+    "int4f:64:bf16",
+    "int3f:16:bf16",
     "nvfp4:16:e4m3",
     "mxfp4:32:e8m0",
     "fp8:0:fp32",
@@ -124,8 +126,9 @@ def test_error_is_at_most_half_a_step(
     s = scale_values(q.scale, fmt, global_scale).repeat_interleave(
         x.shape[-1] // q.scale.shape[-1], -1
     )
-    size = x.float().abs() / s
-    clipped = size > fmt.max_value
+    scaled = x.float() / s
+    size, top = scaled.abs(), fmt.max_value - fmt.full_range * (scaled > 0).float()
+    clipped = size > top
     # pow2 and mxfp4's floor exponent clip by up to a factor of two, the others by a rounding.
     assert (size <= fmt.max_value * (2.01 if fmt.scale in ("pow2", "e8m0") else 1.07)).all()
     # Widest step that a value of that size can meet.
@@ -135,9 +138,9 @@ def test_error_is_at_most_half_a_step(
         step = 2.0 ** (size.clamp(min=2.0**-6).log2().floor() - 3 + 1)
     else:
         step = torch.ones_like(size)
-    error = (y - x.float()).abs() / s
+    error = (y - x.float()).abs() / s.abs()
     assert (error[~clipped] <= step[~clipped] * 0.5 * (1 + 1e-5)).all()
-    assert torch.equal(y.abs()[clipped], (s * fmt.max_value)[clipped])
+    assert torch.equal(y.abs()[clipped], (s.abs() * top)[clipped])
 
 
 @pytest.mark.parametrize("key", [k for k in KEYS if "pow2" not in k])
@@ -146,7 +149,7 @@ def test_quantizing_again_changes_nothing(key: str) -> None:
     x = hard_rows(192, torch.float32, 5)[[0, 1, 2, 3, 5, 7, 8]]
     once = fake_quantize(x, fmt)
     again = fake_quantize(once, fmt)
-    if fmt.name in ("int4", "int3", "mxfp4"):
+    if fmt.name in ("int4", "int3", "int4f", "int3f", "mxfp4"):
         assert torch.equal(once, again)
     else:  # amax / max_value may round one bit away from the scale that made amax
         torch.testing.assert_close(again, once, rtol=1e-6, atol=0)
@@ -161,6 +164,8 @@ def test_zeros_give_zeros_and_a_finite_scale(key: str) -> None:
         assert torch.isfinite(scale_values(q.scale, fmt)).all()
         if fmt.name in ("int4", "int3", "int8"):
             assert (q.codes == 0).all()
+        if fmt.full_range:
+            assert (q.codes == fmt.max_value).all() and (q.scale > 0).all()
         data, row = e4m3_operand(q, fmt)
         assert torch.equal(data.float(), torch.zeros(3, 64))
         assert (torch.isfinite(row) & (row > 0)).all()

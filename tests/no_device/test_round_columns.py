@@ -18,7 +18,7 @@ from pq_fx.kernels.rows import KernelError
 from pq_fx.passes.rounding import _elements, round_columns
 
 g = torch.Generator().manual_seed(SEED)
-for name, columns, count in (("int4", 64, 37), ("int3", 5, 200), ("nvfp4", 16, 64), ("mxfp4", 32, 1), ("int8", 17, 20)):
+for name, columns, count in (("int4", 64, 37), ("int3f", 5, 99), ("nvfp4", 16, 64), ("mxfp4", 32, 1), ("int8", 17, 20)):
     values, bounds, _ = _elements(get_format(name), torch.device("cpu"))
     block = torch.randn(columns, count, generator=g)
     wide = torch.randn(columns, 128, generator=g) * 0.2
@@ -27,6 +27,7 @@ for name, columns, count in (("int4", 64, 37), ("int3", 5, 200), ("nvfp4", 16, 6
         within = within.T.contiguous().T
     factor = torch.rand(count, generator=g) * 0.2 + 0.05
     factor[0] = 0.0
+    factor[1::2] *= -1.0  # of int4f and int3f
     block[:, 0] = 0.0
     found = []
     for rounding in (round_columns, kernel):
@@ -56,7 +57,7 @@ from pq_fx.kernels.round_columns import round_columns as kernel
 from pq_fx.passes.rounding import gptq, second_moment
 
 g = torch.Generator().manual_seed(SEED)
-for name, group, channels, rows in (("int4", 64, 192, 50), ("int3", 32, 96, 300), ("nvfp4", 16, 80, 33)):
+for name, group, channels, rows in (("int4f", 64, 192, 50), ("int3", 32, 96, 300), ("nvfp4", 16, 80, 33)):
     fmt = get_format(name, group)
     x = torch.randn(rows, channels, generator=g) * (torch.rand(channels, generator=g) + 0.1)
     w = torch.randn(37, channels, generator=g)

@@ -69,7 +69,11 @@ def carry_out(ptx: str, registers: dict[str, int]) -> dict[str, int]:
             source = (a[0] | a[1] << 32).to_bytes(8, "little")
             result = sum(source[a[2] >> 4 * i & 7] << 8 * i for i in range(4))
         elif name == "lop3.b32":
-            result = {0xEA: a[0] & a[1] | a[2], 0x78: a[0] ^ (a[1] & a[2])}[a[3]]
+            result = {
+                0xEA: a[0] & a[1] | a[2],
+                0x78: a[0] ^ (a[1] & a[2]),
+                0xF8: a[0] | (a[1] & a[2]),
+            }[a[3]]
         else:
             read, write = KINDS[name.removeprefix("fma.rn.")]
             halves = [[read(x >> s & 0xFFFF) for x in a] for s in (0, 16)]
@@ -79,11 +83,11 @@ def carry_out(ptx: str, registers: dict[str, int]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("element", ["int4", "e2m1"])
+@pytest.mark.parametrize("element", ["int4", "int4f", "e2m1"])
 def test_four_bits(kind: str, element: str) -> None:
     name = f"_{element.upper()}_{'BF16' if kind == 'bf16x2' else 'FP16'}"
     read = KINDS[kind][0]
-    fmt = Format.parse("int4:64:bf16" if element == "int4" else "mxfp4:32:e8m0")
+    fmt = Format.parse("mxfp4:32:e8m0" if element == "e2m1" else f"{element}:64:bf16")
     table = element_values(torch.arange(16, dtype=torch.uint8), fmt).tolist()
     for first in range(0, 256, 4):
         word = sum((first + i) << 8 * i for i in range(4))
@@ -95,8 +99,9 @@ def test_four_bits(kind: str, element: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_int3(kind: str) -> None:
-    name = "_INT3_BF16" if kind == "bf16x2" else "_INT3_FP16"
+@pytest.mark.parametrize("element", ["int3", "int3f"])
+def test_three_bits(kind: str, element: str) -> None:
+    name = f"_{element.upper()}_{'BF16' if kind == 'bf16x2' else 'FP16'}"
     read, draw = KINDS[kind][0], random.Random(3)
     for _ in range(100):
         magnitudes = [draw.getrandbits(16) for _ in range(4)]
@@ -110,8 +115,11 @@ def test_int3(kind: str) -> None:
         for channel in range(8):
             for i in range(4):
                 found = read(state[f"${2 * channel + i // 2}"] >> 16 * (i % 2) & 0xFFFF)
-                size = magnitudes[i] >> 2 * channel & 3
-                assert found == (-size if signs[i] >> channel & 1 else size)
+                low, high = magnitudes[i] >> 2 * channel & 3, signs[i] >> channel & 1
+                if element == "int3":
+                    assert found == (-low if high else low)
+                else:
+                    assert found == low + 4 * high - 4
 
 
 def test_two_rows_become_words() -> None:
