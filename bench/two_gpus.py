@@ -15,13 +15,19 @@ a user's launch does. A row is a model and a way:
 process, median of `--steps`; "data" counts the steps of both over the longer time. Every result, of both processes, is
 compared with that of "one" in the first; "times_one" is the throughput over that of "one" (launched or a graph alike).
 Rows are written as they come; what does not compile runs eagerly and says so. Runs with one `--folder` quantize once.
+
+`--host` adds what the processor does in a launched step: `host_ms` until the call returns, the longest calls of CUDA's
+runtime and of Python. `--fake` runs one process in a group of two whose communication does nothing (PyTorch's "fake"
+group): on one GPU it times one process's share, without what is exchanged; outputs mean nothing and are not compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
 import json
+import pstats
 import statistics
 import tempfile
 import time
@@ -51,7 +57,12 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         cuda = args.device == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=90))
+        if args.fake:
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+
+            dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+        else:
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=90))
         self.rank, self.args = dist.get_rank(), args
         self.device = torch.device(args.device, self.rank if cuda else None)
         if cuda:
@@ -69,7 +80,7 @@ class Bench:
             "diffusers": diffusers.__version__,
             **{
                 k: getattr(args, k)
-                for k in ("layers", "side", "preset", "method", "attention", "eager")
+                for k in ("layers", "side", "preset", "method", "attention", "eager", "fake")
             },
             "picture_steps": PICTURE,
             "rows": [],
@@ -191,6 +202,8 @@ class Bench:
 
     def compare(self, got: Tensor) -> None:
         """Note how far the processes' results are from that of one GPU; stop where one is not finite."""
+        if self.args.fake:
+            return
         if not got.isfinite().all():
             raise SystemExit(f"{self.row}: output is not finite")
         if self.alone is None:
@@ -233,7 +246,8 @@ class Bench:
         how = {"one": self.alone_on_one, "data": self.both}.get(name.split("+")[0], self.together)
         if not name.endswith("+graph"):
             self.compare(step())
-            return how(step)
+            how(step)
+            return self.look_at_host(step) if self.args.host else None
         if self.args.device != "cuda":
             return self.row.update(graph="no CUDA")
         graph = torch.cuda.CUDAGraph()
@@ -248,6 +262,39 @@ class Bench:
         graph.replay()
         self.compare(made)
         how(graph.replay)  # type: ignore[arg-type]
+
+    def look_at_host(self, step: Callable[[], Tensor]) -> None:
+        """What the processor does in a step: milliseconds until the call returns, CUDA's calls, Python's."""
+        dist.barrier()
+        returned = []
+        for _ in range(5):
+            self.wait()
+            start = time.perf_counter()
+            step()
+            returned.append((time.perf_counter() - start) * 1e3)
+        self.wait()
+        self.row["host_ms"] = round(statistics.median(returned), 2)
+        with torch.profiler.profile() as seen:
+            step()
+            self.wait()
+        events = sorted(seen.key_averages(), key=lambda e: -e.self_cpu_time_total)
+        self.row["host_calls"] = {
+            e.key[:60]: [e.count, round(e.self_cpu_time_total / 1e3, 2)] for e in events[:24]
+        }
+        profiler = cProfile.Profile()
+        profiler.runcall(step)
+        self.wait()
+        found: Any = pstats.Stats(profiler)
+        rows = sorted(found.stats.items(), key=lambda item: -item[1][2])
+        self.row["python"] = {
+            f"{Path(file).name}:{line} {name}"[:70]: [calls, round(own * 1e3, 2)]
+            for (file, line, name), (_, calls, own, _, _) in rows[:16]
+        }
+
+    def wait(self) -> None:
+        """Until the device has done everything."""
+        if self.args.device == "cuda":
+            torch.cuda.synchronize()
 
     def parallel(self, way: str) -> ContextParallelConfig:
         """diffusers' configuration of a way."""
@@ -285,6 +332,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--folder", type=Path, help="of the quantized model, made where missing")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
+    parser.add_argument("--host", action="store_true", help="look at the processor's part too")
+    parser.add_argument("--fake", action="store_true", help="one process, nothing exchanged")
     parser.add_argument("--tiny", action="store_true", help="a narrow model, to try the script")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()

@@ -1,7 +1,9 @@
 """One of the processes that torchrun starts: `parallel_rank.py HOW FOLDER DEVICE`, HOW data, ulysses or ring.
 
 FOLDER holds a quantized FLUX pipeline. The first process writes FOLDER/HOW.safetensors: "data" draws a picture of each
-prompt, each process every second one; the others run the transformer once, its tokens spread over the processes.
+prompt, each process every second one; the others run the transformer once, its tokens spread over the processes, and
+once more with compiled blocks ("compiled"; on a CPU up to the lowered graphs, for C++ takes its time, and by Inductor
+where HOW ends with "-inductor").
 DEVICE: cpu (gloo between the processes) or cuda (NCCL, a GPU for each). A ring needs attention that gives the
 log-sum-exp: on a GPU diffusers calls PyTorch's flash attention, which computes in 16 bits; "ring-cpu" puts the CPU's
 own in its place, which diffusers has no name for.
@@ -21,9 +23,10 @@ from diffusers.models import attention_dispatch
 from safetensors.torch import save_file
 
 import pq_fx  # teaches diffusers the format
+from pq_fx.passes import _torch
 
 how, folder, kind = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-way = how.removesuffix("-cpu")
+way, _, variant = how.partition("-")
 dtype = torch.bfloat16 if (way, kind) == ("ring", "cuda") else torch.float32
 backend = {"cpu": "gloo", "cuda": "nccl"}[kind]
 dist.init_process_group(backend, timeout=timedelta(seconds=240))
@@ -47,26 +50,26 @@ def flash_on_cpu(
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def pictures() -> torch.Tensor:
-    """[prompts, side, side, 3], drawn by all processes."""
+def pictures() -> dict[str, torch.Tensor]:
+    """ "made": [prompts, side, side, 3], drawn by all processes."""
     pipe = pipelines.aligned(DiffusionPipeline.from_pretrained(folder).to(device))
     drawn = torch.zeros(len(pipelines.PROMPTS), pipelines.SIDE, pipelines.SIDE, 3, device=device)
     for number in range(rank, len(pipelines.PROMPTS), world):
         picture = pipelines.call(pipe, pipelines.PROMPTS[number], seed=number)[0]
         drawn[number] = torch.from_numpy(picture).to(device)
     dist.all_reduce(drawn)
-    return drawn
+    return {"made": drawn}
 
 
 @torch.no_grad()
-def velocity() -> torch.Tensor:
-    """The transformer's output, every process having seen a part of the tokens."""
+def velocity() -> dict[str, torch.Tensor]:
+    """The transformer's output, launched and with compiled blocks, every process having seen a part of the tokens."""
     model = FluxTransformer2DModel.from_pretrained(
         folder, subfolder="transformer", torch_dtype=dtype
     ).to(device)
-    if how == "ring-cpu" or (how, kind) == ("ring", "cuda"):
+    if variant == "cpu" or (way, kind) == ("ring", "cuda"):
         model.set_attention_backend("_native_flash")
-    if how == "ring-cpu":
+    if variant == "cpu":
         attention_dispatch._native_flash_attention_forward_op = flash_on_cpu
     degrees = {"ring_degree": 1, "ulysses_degree": 1} | {f"{way}_degree": world}
     config = ContextParallelConfig(**degrees)
@@ -85,11 +88,15 @@ def velocity() -> torch.Tensor:
     inputs = {n: value.to(device) for n, value in pipelines.flux_inputs(dtype, text=8).items()}
     (result,) = model(**inputs, return_dict=False)
     assert seen == [16 // world]  # tokens of the picture in one process
-    return result + 0  # waits for what is still being gathered
+    if kind == "cpu" and variant != "inductor":
+        _torch.compile_fx = lambda graph, *_, **__: graph.forward  # type: ignore[assignment]
+    model.compile_repeated_blocks(backend="permuquant", fullgraph=True)
+    (compiled,) = model(**inputs, return_dict=False)
+    return {"made": result + 0, "compiled": compiled + 0}  # waits for what is still being gathered
 
 
 made = pictures() if how == "data" else velocity()
 if rank == 0:
-    save_file({"made": made.cpu()}, folder / f"{how}.safetensors")
+    save_file({name: tensor.cpu() for name, tensor in made.items()}, folder / f"{how}.safetensors")
 dist.barrier()
 dist.destroy_process_group()

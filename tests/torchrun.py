@@ -24,11 +24,11 @@ def start(folder: Path, how: str, device: str = "cpu") -> subprocess.CompletedPr
     )  # fmt: skip
 
 
-def made(folder: Path, how: str, device: str = "cpu") -> torch.Tensor:
-    """What the first process wrote."""
+def made(folder: Path, how: str, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """What the first process wrote: "made", and "compiled" where tokens are spread."""
     done = start(folder, how, device)
     assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(folder / f"{how}.safetensors")["made"]
+    return load_file(folder / f"{how}.safetensors")
 
 
 def calibrate(folder: Path, device: str = "cpu") -> None:

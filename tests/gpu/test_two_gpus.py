@@ -37,7 +37,7 @@ def want(flux_folder: Path) -> Any:
 
 def test_data_parallel_launch_draws_the_same_pictures(flux_folder: Path) -> None:
     pipe = pipelines.aligned(DiffusionPipeline.from_pretrained(flux_folder).to("cuda"))
-    got = torchrun.made(flux_folder, "data", "cuda")
+    got = torchrun.made(flux_folder, "data", "cuda")["made"]
     for number, prompt in enumerate(pipelines.PROMPTS):
         want = torch.from_numpy(pipelines.call(pipe, prompt, seed=number)[0])
         print(prompt, (got[number] - want).abs().max())
@@ -49,8 +49,10 @@ def test_ulysses_is_one_process(flux_folder: Path) -> None:
     inputs = {name: value.cuda() for name, value in pipelines.flux_inputs(text=8).items()}
     want = loaded(flux_folder).to("cuda")(**inputs).sample.cpu()
     got = torchrun.made(flux_folder, "ulysses", "cuda")
-    print("ulysses", (got - want).norm() / want.norm())
-    assert (got - want).norm() / want.norm() < 1e-3
+    for how in ("made", "compiled"):  # compiled blocks are Inductor's here
+        far = (got[how] - want).norm() / want.norm()
+        print("ulysses", how, far)
+        assert far < 1e-3, how
 
 
 @torch.no_grad()
@@ -65,10 +67,11 @@ def test_ring_is_one_process(flux_folder: Path) -> None:
     model = loaded(flux_folder, torch_dtype=torch.bfloat16).to("cuda")
     model.set_attention_backend("_native_flash")
     one = model(**{name: value.bfloat16() for name, value in inputs.items()}).sample.cpu().float()
-    ring = torchrun.made(flux_folder, "ring", "cuda").float()
-    print("ring", (ring - one).norm() / one.norm(), "bf16", (one - exact).norm() / exact.norm())
-    assert (ring - one).norm() < 2 * (one - exact).norm()
-    assert (ring - exact).norm() < 0.1 * exact.norm()
+    for how, got in torchrun.made(flux_folder, "ring", "cuda").items():
+        ring = got.float()
+        print("ring", how, (ring - one).norm() / one.norm(), (one - exact).norm() / exact.norm())
+        assert (ring - one).norm() < 2 * (one - exact).norm(), how
+        assert (ring - exact).norm() < 0.1 * exact.norm(), how
 
 
 def test_statistics_of_two_gpus_equal_one_that_has_both_data(tmp_path: Path) -> None:
