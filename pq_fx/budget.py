@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pq_fx.config_values import full_range
 from pq_fx.errors import ConfigError
 from pq_fx.kernels.formats import Format, get_format
 from pq_fx.kernels.reference import fake_quantize
@@ -32,7 +33,9 @@ def ladder(layer: Layer) -> tuple[Format, ...]:
     own = layer.weight_format
     group = own.group_size if own.element.startswith("int") else None
     names = LADDER[1:] if layer.one_row else LADDER
-    return tuple(get_format(name, group or 64) for name in names)
+    full = own.full_range or layer.config.recipe.full_range
+    formats = (get_format(name, group or 64) for name in names)
+    return tuple(full_range(fmt) if full else fmt for fmt in formats)
 
 
 def weight_errors(rows: Tensor, weight: Tensor, formats: Sequence[Format]) -> list[float]:

@@ -229,7 +229,9 @@ class Plan:
         result: dict[str, Callable[[str, Tensor], None]] = {}
         for fqn, layer in self.layers.items():
             fmt = Format.parse(layer.weight_format)
-            result[f"{fqn}.weight_scale"] = partial(_check_scale, kind=fmt.scale)
+            result[f"{fqn}.weight_scale"] = partial(
+                _check_scale, kind=fmt.scale, signed=fmt.full_range
+            )
             if fmt.two_level:
                 result[f"{fqn}.weight_global_scale"] = partial(_check_scale, kind="fp32")
         for name, quantizer in self.quantizers.items():
@@ -284,14 +286,17 @@ def _check_format(name: str, key: str, channels: int) -> None:
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def _check_scale(name: str, value: Tensor, kind: str) -> None:
-    """Every scale is a finite number above 0: those of zero groups have a floor (kernels/reference.py)."""
+def _check_scale(name: str, value: Tensor, kind: str, signed: bool = False) -> None:
+    """Every scale is a finite number above 0 (or below, where scales have a sign): those of zero groups have a floor
+    (kernels/reference.py)."""
     # e8m0 is a biased exponent byte, whose only value that is no number is 255 (OCP MX, 5.4.1).
     wide = value.float()
-    good = value.view(torch.uint8) != 255 if kind == "e8m0" else wide.isfinite() & (wide > 0)
+    there = wide != 0 if signed else wide > 0
+    good = value.view(torch.uint8) != 255 if kind == "e8m0" else wide.isfinite() & there
     if not bool(good.all()):
+        wrong = "not finite or 0" if signed else "not finite or not above 0"
         raise CheckpointError(
-            f"{name} holds values that are not finite or not above 0, as every scale is: the file is damaged"
+            f"{name} holds values that are {wrong}, as no scale is: the file is damaged"
         )
 
 

@@ -15,6 +15,7 @@ from pq_fx.config_values import (
     activation_format,
     format_or_key,
     fractions,
+    full_range,
     integer,
     listed,
     module_names,
@@ -52,7 +53,7 @@ class QuantConfig:
     "w4a4-nvfp4" or "w4a4-mxfp4".
 
     Attributes:
-        format: of the weights: "int4", "int3", "nvfp4", "mxfp4", "fp8", "int8", or a whole format
+        format: of the weights: "int4", "int3", "int4f", "int3f", "nvfp4", "mxfp4", "fp8", "int8", or a whole format
             key such as "int4:128:pow2" (which then sets `group_size` and `scale`).
         group_size: contiguous channels that share a scale; None = the format's own default.
         activation_format: "same" as the weights, another format, or None for 16-bit activations.
@@ -61,8 +62,8 @@ class QuantConfig:
         method: "rtn" (round to nearest), "smoothquant", "svdquant" (smoothing and a 16-bit branch
             of rank 32), "convrot" (rotation only), "permuquant" (sort), "permuquant-h" (sort, then
             rotation), "best" (permuquant-h with refined orders, clipped activations, weights
-            rounded with error compensation and searched scales: dearer to convert, nothing at run
-            time). pq_fx/methods.py has the table.
+            rounded with error compensation and searched scales, int4 and int3 as int4f and int3f:
+            dearer to convert, nothing at run time). pq_fx/methods.py has the table.
         parts: entries of the method's row to change, e.g. ``{"clip": False}``.
         budget_bits: average bits a weight may take, scales included; layers then get int3, int4 or
             int8 weights by their measured sensitivity (`format` is what a layer starts from).
@@ -152,20 +153,25 @@ class QuantConfig:
             self._set(name, inside)
         self._set("format", whole.name)
 
+    def ranged(self, fmt: Format) -> Format:
+        """The format in the range that the method's row asks for."""
+        return full_range(fmt) if self.recipe.full_range else fmt
+
     @property
     def weight(self) -> Format:
         """Format of the weights."""
-        return named_format("format", self.format, self.group_size, self.scale)
+        return self.ranged(named_format("format", self.format, self.group_size, self.scale))
 
     @property
     def activation(self) -> Format | None:
         """Format of the activations, or None when they stay in 16 bits."""
-        return activation_format(self.activation_format, self.activation_group_size, self.weight)
+        found = activation_format(self.activation_format, self.activation_group_size, self.weight)
+        return None if found is None else self.ranged(found)
 
     @property
     def weight_only(self) -> Format:
         """Weight format of linears that see one row a sample; their input stays in 16 bits."""
-        return format_or_key("weight_only_format", self.weight_only_format, None)
+        return self.ranged(format_or_key("weight_only_format", self.weight_only_format, None))
 
     @property
     def recipe(self) -> Method:

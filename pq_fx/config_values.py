@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from pq_fx.errors import ConfigError, FormatError
@@ -11,6 +12,7 @@ from pq_fx.kernels.formats import FORMAT_NAMES, Format, get_format
 from pq_fx.presets import SAME
 
 SKIP_LIST = "modules_to_not_convert"
+FULL_RANGE = {"int4": "int4f", "int3": "int3f"}
 
 
 def named_format(what: str, name: Any, group_size: Any, scale: Any) -> Format:
@@ -59,6 +61,13 @@ def activation_format(name: Any, group_size: int | None, weight: Format) -> Form
         size = weight.group_size if group_size is None else group_size
         return named_format("activation_format", weight.name, size, weight.scale)
     return format_or_key("activation_format", name, group_size)
+
+
+def full_range(fmt: Format) -> Format:
+    """int4 and int3 as int4f and int3f, which use every code point; other formats as they are, and scales that are
+    powers of two."""
+    name = FULL_RANGE.get(fmt.name)
+    return fmt if name is None or fmt.scale != "bf16" else replace(fmt, name=name)
 
 
 def listed(names: Iterable[Any]) -> str:

@@ -29,8 +29,9 @@ class Method:
         search: weight scales searched.
         correct_bias: the mean output error on the sampled rows goes into the linear's bias.
         center: the means of a tensor's channels are taken off where its producer's bias does it (passes/balance.py).
+        full_range: int4 and int3 become int4f and int3f: all 16 (8) levels, by scales that have a sign.
         balance: channels of a tensor and of its weights made alike in size, where the producer takes the scale.
-        smooth: move magnitude from activations to weights (SmoothQuant, arXiv 2211.10438); excludes the last two.
+        smooth: move magnitude from activations to weights (SmoothQuant, arXiv 2211.10438); excludes center, balance.
         low_rank: rank of a 16-bit branch beside the quantized weight (SVDQuant, arXiv 2411.05007).
     """
 
@@ -44,12 +45,13 @@ class Method:
     correct_bias: bool = False
     center: bool = False
     balance: bool = False
+    full_range: bool = False
     smooth: bool = False
     low_rank: int = 0
 
     @property
     def fits_data(self) -> bool:
-        """Whether any part is fitted to activations; rounding, rotation and searched weight scales are not."""
+        """Whether any part is fitted to activations; rounding, rotation, searched weight scales and ranges are not."""
         return (
             self.sort
             or self.clip
@@ -80,6 +82,7 @@ METHODS: dict[str, Method] = {
         correct_bias=True,
         center=True,
         balance=True,
+        full_range=True,
     ),
 }
 

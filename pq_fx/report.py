@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import nn
 
 from pq_fx.config import QuantConfig
+from pq_fx.config_values import FULL_RANGE
 from pq_fx.errors import PQError
 from pq_fx.fitting_table import Column, FittingTable
 
@@ -186,7 +187,8 @@ class Report:
         try:
             layers = tuple(_layer(row) for row in plain["layers"])
             values = {name: plain[name] for name in names}
-            return cls(layers=layers, config=QuantConfig.from_dict(plain["config"]), **values)
+            config = _as_converted(QuantConfig.from_dict(plain["config"]), layers)
+            return cls(layers=layers, config=config, **values)
         except (KeyError, TypeError) as error:
             raise ReportError(f"the report is incomplete or damaged: {error}") from error
 
@@ -216,6 +218,19 @@ class Report:
         with console.capture() as captured:
             console.print(self)
         return captured.get()
+
+
+def _as_converted(config: QuantConfig, layers: Sequence[LayerReport]) -> QuantConfig:
+    """The settings of an older report, whose `best` knew no full range, as what they meant then."""
+    keys = (key for row in layers for key in (row.format, row.activation_format))
+    names = {key.split(":")[0] for key in keys if key is not None and key.endswith(":bf16")}
+    if (
+        not config.recipe.full_range
+        or names.isdisjoint(FULL_RANGE)
+        or names & {*FULL_RANGE.values()}
+    ):
+        return config
+    return replace(config, parts={**(config.parts or {}), "full_range": False})
 
 
 def _layer_table(layers: Sequence[LayerReport]) -> FittingTable:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import pq_fx
-from pq_fx.budget import spread
+from pq_fx.budget import ladder, spread
 from pq_fx.errors import ConfigError
 from pq_fx.kernels.formats import Format
+from pq_fx.scope import Layer
 
 BITS = (3.25, 4.25, 8.5)
 
@@ -88,3 +89,20 @@ def test_a_models_weights_stay_inside_the_budget() -> None:
     assert bits["parts.1"] == max(bits.values())
     assert {r.activation_format for r in report.quantized} == {"int4:32:bf16"}
     assert torch.isfinite(model(x)).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"method": "best"}, ["int3f", "int4f", "int8"]),
+        ({"method": "best", "format": "nvfp4"}, ["int3f", "int4f", "int8"]),
+        ({"method": "best", "parts": {"full_range": False}}, ["int3", "int4", "int8"]),
+        ({"method": "permuquant-h", "format": "int3f"}, ["int3f", "int4f", "int8"]),
+    ],
+)
+def test_the_ladder_has_the_layers_range(settings: dict, names: list[str]) -> None:
+    config = pq_fx.QuantConfig(**settings)
+    layer = Layer(None, config, None, False, config.weight, config.activation)
+    assert [fmt.name for fmt in ladder(layer)] == names
+    layer.one_row = True
+    assert [fmt.name for fmt in ladder(layer)] == names[1:]

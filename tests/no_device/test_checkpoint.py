@@ -34,7 +34,8 @@ from pq_fx.report import Report
         ("int3:16:pow2", "int4:32:pow2"),
         ("nvfp4:16:e4m3", "nvfp4:16:e4m3"),
         ("mxfp4:32:e8m0", "mxfp4:32:e8m0"),
-        ("int4:64:bf16", "fp8:0:fp32"),
+        ("int4f:64:bf16", "fp8:0:fp32"),
+        ("int3f:32:bf16", "int4f:32:bf16"),
         ("int8:0:fp32", "int8:64:fp32"),
     ],
 )

@@ -221,6 +221,14 @@ def test_scales_that_are_no_numbers_in_their_own_dtype(tmp_path, fmt, name, bad)
     refused(tmp_path / "m", "not finite")
 
 
+def test_scales_with_a_sign_are_not_zero(tmp_path):
+    model = quantized_toy("int4f:64:bf16", "int4f:64:bf16")
+    assert (model.q.weight_scale < 0).any() and (model.q.weight_scale > 0).any()
+    save(model, tmp_path / "m")
+    edit_tensors(tmp_path / "m", set_item("q.weight_scale", 3, 0.0))
+    refused(tmp_path / "m", "q.weight_scale holds values that are not finite or 0")
+
+
 def test_global_scales_are_checked_too(tmp_path):
     save(quantized_toy("nvfp4:16:e4m3", "nvfp4:16:e4m3"), tmp_path / "m")
     name = "q.input_quantizer.global_scale"

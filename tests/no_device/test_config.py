@@ -236,6 +236,36 @@ def test_configs_compare_and_hash():
     assert QuantConfig(rules={"a": None}) != QuantConfig(rules={"b": None})
 
 
+@pytest.mark.parametrize(
+    ("settings", "weight", "activation", "weight_only"),
+    [
+        ({}, "int4f:64:bf16", "int4f:64:bf16", "int4f:64:bf16"),
+        ({"format": "int3", "group_size": 32}, "int3f:32:bf16", "int3f:32:bf16", "int4f:64:bf16"),
+        ({"activation_format": "fp8"}, "int4f:64:bf16", "fp8:0:fp32", "int4f:64:bf16"),
+        ({"activation_format": "int4:32:bf16"}, "int4f:64:bf16", "int4f:32:bf16", "int4f:64:bf16"),
+        ({"scale": "pow2"}, "int4:64:pow2", "int4:64:pow2", "int4f:64:bf16"),
+        ({"format": "nvfp4"}, "nvfp4:16:e4m3", "nvfp4:16:e4m3", "int4f:64:bf16"),
+        ({"weight_only_format": "int8"}, "int4f:64:bf16", "int4f:64:bf16", "int8:0:fp32"),
+        ({"parts": {"full_range": False}}, "int4:64:bf16", "int4:64:bf16", "int4:64:bf16"),
+        ({"method": "rtn"}, "int4:64:bf16", "int4:64:bf16", "int4:64:bf16"),
+        ({"method": "rtn", "format": "int4f"}, "int4f:64:bf16", "int4f:64:bf16", "int4:64:bf16"),
+    ],
+)
+def test_the_range_of_integers_is_a_part(settings, weight, activation, weight_only):
+    config = QuantConfig(**({"method": "best"} | settings))
+    assert config.weight.key == weight
+    assert config.activation.key == activation
+    assert config.weight_only.key == weight_only
+    assert config.for_layer("any").weight.key == weight
+    assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_rules_method_decides_the_range_of_its_layer():
+    config = QuantConfig("int4", method="rtn", rules={"a": {"method": "best"}, "b": "int3"})
+    assert config.for_layer("a").weight.name == config.for_layer("a").activation.name == "int4f"
+    assert config.for_layer("b").weight.name == "int3" and config.weight.name == "int4"
+
+
 def test_parts_change_a_methods_row():
     config = QuantConfig(method="best", parts={"clip": False, "refine": 3})
     assert config.recipe.compensate and not config.recipe.clip and config.recipe.refine == 3

@@ -46,7 +46,7 @@ def exported(tokens: int = 7) -> tuple[Block, torch.export.ExportedProgram, dict
     return model, program, shapes
 
 
-@pytest.mark.parametrize("fmt", ["int4:16:bf16", "int3:32:bf16", "nvfp4:16:e4m3", "mxfp4:32:e8m0"])
+@pytest.mark.parametrize("fmt", ["int4:16:bf16", "int3f:32:bf16", "nvfp4:16:e4m3", "mxfp4:32:e8m0"])
 def test_quantize_save_load_run(fmt: str, tmp_path: Path) -> None:
     model, program, shapes = exported()
     torch.manual_seed(4)

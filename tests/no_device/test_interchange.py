@@ -140,7 +140,7 @@ def test_there_and_back_is_the_same_model(model: nn.Module, exported: Path, tmp_
     [
         ({"method": "permuquant-h"}, "a rotated input"),
         ({"gather_margin": 0.0}, "a gathered input"),
-        ({"weight_only_format": "int4:16:bf16"}, "its weight is int4:16:bf16"),
+        ({"weight_only_format": "int4f:16:bf16"}, "its weight is int4f:16:bf16"),
         ({"activation_format": "fp8"}, "its input is fp8"),
         ({"method": "svdquant"}, "low-rank"),
     ],

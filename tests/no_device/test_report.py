@@ -55,6 +55,18 @@ def test_numbers_that_are_not_finite_survive_json(value):
     assert isinstance(back.error_after, float)
 
 
+@pytest.mark.parametrize("fmt", ["int4:64:bf16", "int4f:64:bf16", "int4:64:pow2", "nvfp4:16:e4m3"])
+def test_an_older_report_says_what_its_settings_meant(fmt):
+    """Before full ranges `best` gave int4, and its settings look like those of now."""
+    config = QuantConfig(fmt.replace("int4f", "int4"), method="best")
+    row = LayerReport("a", 64, 64, format=fmt, activation_format=fmt)
+    loaded = Report.from_dict(Report((row,), config).to_dict())
+    assert loaded.layers == (row,)
+    old = fmt == "int4:64:bf16"
+    assert loaded.config.recipe.full_range != old and loaded.config.weight.key == fmt
+    assert (loaded.config == config) != old
+
+
 def test_damaged_reports_are_refused():
     plain = made_up().to_dict()
     for change, says in (

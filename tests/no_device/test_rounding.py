@@ -32,28 +32,35 @@ def error(x: torch.Tensor, w: torch.Tensor, q: Quantized, fmt: Format) -> float:
     return float((y - x.double() @ dequantize(q, fmt).double().T).square().sum() / y.square().sum())
 
 
-def brute_force(w: np.ndarray, h: np.ndarray, order: np.ndarray, group: int) -> np.ndarray:
-    """int4 GPTQ as the optimal-brain update states it: re-invert what is left at every column."""
+def brute_force(
+    w: np.ndarray, h: np.ndarray, order: np.ndarray, group: int, full: bool = False
+) -> np.ndarray:
+    """int4 (full: int4f) GPTQ as the optimal-brain update states it: re-invert what is left at every column."""
     w = w.astype(np.float64).copy()
     out = np.zeros_like(w)
     scale = np.ones(len(w))
     for step, j in enumerate(order):
         if step % group == 0:
             part = w[:, j // group * group : j // group * group + group].astype(np.float32)
-            amax = torch.from_numpy(np.abs(part).max(1) / np.float32(7))
-            scale = amax.bfloat16().double().numpy()
-        out[:, j] = np.clip(np.rint(w[:, j] / scale), -7, 7) * scale
+            largest = np.abs(part).max(1) / np.float32(7)
+            if full:  # the element of largest magnitude to -8
+                largest = part[np.arange(len(w)), np.abs(part).argmax(1)] / np.float32(-8)
+            scale = torch.from_numpy(largest).bfloat16().double().numpy()
+        out[:, j] = np.clip(np.rint(w[:, j] / scale), -7 - full, 7) * scale
         left = order[step:]
         inverse = np.linalg.inv(h[np.ix_(left, left)])
         w[:, left] -= np.outer((w[:, j] - out[:, j]) / inverse[0, 0], inverse[0])
     return out
 
 
-@pytest.mark.parametrize("channels, count", [(48, 70), (48, 11), (48, 1), (272, 40)])
+@pytest.mark.parametrize(
+    "name, channels, count",
+    [("int4", 48, 70), ("int4f", 48, 11), ("int4", 48, 11), ("int4", 48, 1), ("int4f", 272, 40)],
+)
 @pytest.mark.parametrize("by_size", [True, False])
-def test_equals_brute_force(by_size: bool, channels: int, count: int) -> None:
+def test_equals_brute_force(by_size: bool, name: str, channels: int, count: int) -> None:
     """More rows than channels, fewer, one; and several blocks of columns, the last of which is short."""
-    fmt = get_format("int4", 16)
+    fmt = get_format(name, 16)
     x, w = rows(1, count, channels), weight(1, channels)
     moment = second_moment(x, group=16, ridge=0.05, by_size=by_size)
     h = (x.T.double() @ x.double() / count).numpy()
@@ -68,7 +75,7 @@ def test_equals_brute_force(by_size: bool, channels: int, count: int) -> None:
         assert (order == np.arange(channels)).all()
     h += 0.05 * size.mean() * np.eye(channels)
     got = dequantize(gptq(w, moment, fmt), fmt).numpy()
-    wanted = brute_force(w.numpy(), h, order, 16)
+    wanted = brute_force(w.numpy(), h, order, 16, fmt.full_range)
     # fp32 and float64 may round a tie differently, which then spreads: rows that differ are few.
     same = np.isclose(got, wanted, rtol=1e-5, atol=1e-6).all(1)
     assert same.mean() > 0.9
@@ -112,7 +119,7 @@ def test_scale_search_lowers_the_error() -> None:
     assert searched < error(rows(5, 400), w, gptq(w, moment, fmt), fmt)
 
 
-@pytest.mark.parametrize("name", ["int4", "int3", "nvfp4", "mxfp4", "int8"])
+@pytest.mark.parametrize("name", ["int4", "int3", "int4f", "int3f", "nvfp4", "mxfp4", "int8"])
 def test_dead_channels_few_rows_and_zero_weights(name: str) -> None:
     fmt = get_format(name)
     x, w = rows(6, 5), weight(6)
