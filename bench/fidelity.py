@@ -35,7 +35,9 @@ from statistics_of_pictures import bootstrap, ratio_bootstrap
 
 TIMES = (0.95, 0.8, 0.5, 0.2, 0.05)
 # (weights, activations, group or None, methods), the most important first.
-ALL = ("rtn", "convrot", "permuquant", "permuquant-h", "best")
+# "best" as it was before int4f and int3f.
+SYMMETRIC = "best without full_range"
+ALL = ("rtn", "convrot", "permuquant", "permuquant-h", "best", SYMMETRIC)
 OTHERS = ("smoothquant", "svdquant")
 VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("int4", "same", ALL),
@@ -44,14 +46,19 @@ VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("int4", "same", OTHERS),
     ("int3", "same", OTHERS),
     ("mxfp4", "same", ("rtn", "permuquant-h", "best")),
-    ("int4", "fp8", ("rtn", "permuquant", "permuquant-h", "best")),
+    ("int4", "fp8", ("rtn", "permuquant", "permuquant-h", "best", SYMMETRIC)),
+    ("int4f", "same", ("permuquant-h", "rtn")),
+    ("int3f", "same", ("permuquant-h", "rtn")),
     ("nvfp4", "same", ("convrot", *OTHERS)),
 )
+FORMATS = tuple(dict.fromkeys(weights for weights, *_ in VARIANTS))
 PAIRS = (
     ("rtn", "permuquant"),
     ("permuquant", "permuquant-h"),
     ("convrot", "permuquant-h"),
     ("permuquant-h", "best"),
+    ("permuquant-h", SYMMETRIC),
+    (SYMMETRIC, "best"),
 )
 
 
@@ -142,7 +149,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             config = pq_fx.QuantConfig(
                 weights,
                 activation_format=activations,
-                method=method,
+                method="best" if method == SYMMETRIC else method,
+                parts={"full_range": False} if method == SYMMETRIC else None,
                 calibration_rows=args.rows,
             )
             report = pq_fx.prepare(clone, config, statistics=statistics).convert()
@@ -239,7 +247,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--calibration", type=int, default=32, help="prompts")
     parser.add_argument("--rows", type=int, default=1024, help="rows kept of each linear's input")
-    parser.add_argument("--formats", nargs="+", default=("int4", "int3", "nvfp4", "mxfp4"))
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--methods", nargs="+", default=(*ALL, *OTHERS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
