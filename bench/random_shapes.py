@@ -268,7 +268,8 @@ def run(
     buckets = max(1, round(shapes / A_BUCKET))
     each = min(A_BUCKET, shapes)
     kernels = [kernel for kernel in KERNELS if any(word in kernel for word in only)]
-    tasks = [(kernel, seed * 1000 + i) for kernel in kernels for i in range(buckets)]
+    # All kernels at the same pace, and every bucket said: what is cut off has told something.
+    tasks = [(kernel, seed * 1000 + i) for i in range(buckets) for kernel in kernels]
     total = {k: {"tried": 0, "wrong": 0, "worst": 0.0, "errors": []} for k in kernels}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) if jobs > 1 else nullcontext() as pool:
@@ -283,6 +284,7 @@ def run(
                 row[key] = row[key] + found[key]
             row["worst"] = max(row["worst"], found["worst"])
             row["errors"] = row["errors"][:10]
+            print(f"  so far {kernel}: {row['tried']}, {row['wrong']} wrong", flush=True)
     for kernel, row in total.items():
         print(f"{kernel}: {row['tried']} shapes, {row['wrong']} wrong, worst {row['worst']:.1e}")
         for error in row["errors"]:
