@@ -27,6 +27,7 @@ from pq_fx.kernels.values import (
     element_codes,
     element_values,
     fold_scale,
+    largest,
     nearest_elements,
     round_bf16,
     scale_values,
@@ -40,9 +41,6 @@ E4M3_TINY = 2.0**-6
 # Clip ratios worth trying for weights; 1.5 for nvfp4 is amax/4 next to amax/6.
 WEIGHT_CLIP_RATIOS: tuple[float, ...] = tuple(1.0 - 0.03 * i for i in range(16))
 NVFP4_CLIP_RATIOS: tuple[float, ...] = (1.0, 1.5)
-
-_MIN_NORMAL = 2.0**-126
-
 
 __all__ = [
     "E4M3_MAX",
@@ -154,20 +152,13 @@ def nearest(
 def _groups(
     x: Tensor, fmt: Format, global_scale: Tensor | None, clip: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """x as groups fp32 [..., G, g], and their largest magnitudes [..., G, 1], NaN for an infinity.
-
-    Formats of full range: the element of largest magnitude with its sign, the negative one of equals.
-    """
+    """x as groups fp32 [..., G, g], and their `largest` [..., G, 1], NaN for an infinity."""
     channels = x.shape[-1]
     fmt.check_channels(channels)
     if global_scale is not None and not fmt.two_level:
         raise FormatError(f"{fmt.key} has no global scale; only nvfp4 has two-level scaling")
     groups = x.float().unflatten(-1, (fmt.groups(channels), fmt.group_size or channels))
-    if fmt.full_range:
-        amax, amin = groups.amax(dim=-1, keepdim=True), groups.amin(dim=-1, keepdim=True)
-        amax = torch.where(amax > -amin, amax, amin)
-    else:
-        amax = groups.abs().amax(dim=-1, keepdim=True)
+    amax = largest(groups, fmt)
     amax = torch.where(amax.isinf(), math.nan, amax)
     return groups, amax if clip is None else amax * clip.float()
 
@@ -228,11 +219,6 @@ def _divide(x: Tensor, divisor: float) -> Tensor:
     return x / torch.full((), divisor, dtype=torch.float32, device=x.device)
 
 
-def _floor_pow2(x: Tensor) -> Tensor:
-    """Largest power of two <= x for normal fp32 x; NaN and Inf give Inf."""
-    return (x.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)
-
-
 def _group_scale(groups: Tensor, amax: Tensor, fmt: Format, global_scale: Tensor | None) -> Tensor:
     """Stored scales [..., G, 1] from groups fp32 [..., G, g] and their amax [..., G, 1]."""
     if fmt.scale == "e8m0":
@@ -261,7 +247,8 @@ def _pow2_scale(groups: Tensor, amax: Tensor, fmt: Format) -> Tensor:
     groups up to 128, so the sums are exact in any order of summation.
     """
     floor_exponent = math.floor(math.log2(fmt.max_value))
-    scale = (_floor_pow2(amax) * 2.0**-floor_exponent).clamp(min=SCALE_FLOOR)
+    below = (amax.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)
+    scale = (below * 2.0**-floor_exponent).clamp(min=SCALE_FLOOR)
     scale = torch.where(scale * fmt.max_value < amax, scale * 2.0, scale)
     scaled = groups / scale
     top = fmt.max_value
@@ -279,7 +266,7 @@ def _scaled(groups: Tensor, scale: Tensor, fmt: Format, global_scale: Tensor | N
     if fmt.element != "e2m1":
         return groups / scale.float()
     if fmt.scale != "e4m3":
-        return groups / scale_values(scale, fmt).clamp(min=_MIN_NORMAL)
+        return groups / scale_values(scale, fmt).clamp(min=2.0**-126)
     one = torch.ones((), dtype=torch.float32, device=groups.device)
     # A product with the reciprocal, in torchao's order: (1 / global) / scale.
     numerator = one if global_scale is None else one / global_scale.float()

@@ -79,6 +79,14 @@ def nearest_elements(scaled: Tensor, fmt: Format) -> Tensor:
     return torch.where(size < 2.0, (a * 2.0).round() * 0.5, upper)
 
 
+def largest(groups: Tensor, fmt: Format) -> Tensor:
+    """Largest magnitudes [..., 1] of groups [..., g]; in a full range with their signs, the negative one of equals."""
+    if not fmt.full_range:
+        return groups.abs().amax(dim=-1, keepdim=True)
+    high, low = groups.amax(dim=-1, keepdim=True), groups.amin(dim=-1, keepdim=True)
+    return torch.where(high > -low, high, low)
+
+
 def _integers(scaled: Tensor, fmt: Format) -> Tensor:
     """Nearest even integers of an integer format, saturating."""
     return scaled.round().clamp(-fmt.max_value, fmt.max_value - fmt.full_range)

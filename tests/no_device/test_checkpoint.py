@@ -32,6 +32,7 @@ from pq_fx.report import Report
     [
         ("int4:64:bf16", "int4:64:bf16"),
         ("int3:16:pow2", "int4:32:pow2"),
+        ("int4f:16:bf16", "int3f:64:bf16"),
         ("nvfp4:16:e4m3", "nvfp4:16:e4m3"),
         ("mxfp4:32:e8m0", "mxfp4:32:e8m0"),
         ("int4f:64:bf16", "fp8:0:fp32"),
