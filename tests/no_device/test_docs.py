@@ -1,16 +1,17 @@
-"""README.md and docs/: every Python block runs, commands parse, links lead somewhere, quoted messages exist."""
+"""README.md and docs/: every block runs, links lead somewhere, files that are named and quoted messages exist."""
 
 from __future__ import annotations
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pipelines
 import pytest
 import torch
 
-from pq_fx.cli import parser
+from pq_fx import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -20,8 +21,8 @@ names = [page.relative_to(ROOT).as_posix() for page in PAGES]
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
     """(line number, code) of a page's fenced blocks in one language."""
     text = page.read_text()
-    found = re.finditer(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    return [(text[: m.start(1)].count("\n"), m.group(1)) for m in found]
+    found = re.finditer(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return [(text[: m.start(2)].count("\n"), m.group(2)) for m in found if m.group(1) == language]
 
 
 def readers_objects(page: Path) -> dict[str, object]:
@@ -68,18 +69,64 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_commands_parse() -> None:
-    commands = [
+def commands(program: str, pages: list[Path] = PAGES) -> list[list[str]]:
+    """The command lines of the pages' shell blocks that start with `program`, without it, as words."""
+    lines = [
         line.strip().removeprefix("$ ")
-        for page in PAGES
+        for page in pages
         for language in ("", "sh", "bash")
         for _, code in blocks(page, language)
         for line in code.splitlines()
-        if line.strip().removeprefix("$ ").startswith("pq-fx ")
     ]
-    for command in commands:
-        words = command.split("#")[0].split()[1:]
-        parser().parse_args(words)  # SystemExit 2 where an option is unknown
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
+    return [line[1:] for line in words]
+
+
+def test_commands_parse() -> None:
+    assert len(commands("pq-fx")) >= 4
+    for words in commands("pq-fx"):
+        cli.parser().parse_args(words)  # SystemExit 2 where an option is unknown
+
+
+def test_the_readmes_commands_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its words one after the other in a folder with `flux/` and `prompts.txt`; only small sizes are added."""
+    monkeypatch.chdir(tmp_path)
+    pipelines.make("flux").save_pretrained("flux")
+    Path("prompts.txt").write_text("\n".join(pipelines.PROMPTS))
+    picture = ["--steps", "2", "--height", "32", "--width", "32"]
+    small = {
+        "inspect": ["--config", '{"num_layers": 1, "num_single_layers": 1}', "--height", "8"],
+        "quantize": picture,
+        "compare": picture,
+        "report": [],
+    }
+    ran = []
+    for words in commands("pq-fx", [ROOT / "README.md"]):
+        torch._dynamo.reset()  # each command is a process of its own
+        assert cli.main([*words, *small[words[0]]]) == 0, capsys.readouterr().err
+        ran.append(words[0])
+    assert ran == ["inspect", "quantize", "compare", "report"]
+    assert "41 of 48 linears quantized" in capsys.readouterr().out
+    assert "a red cat" in Path("report.html").read_text()  # the pictures' page names their prompts
+
+
+def test_make_targets_exist() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = {w for page in PAGES for w in re.findall(r"`make (\w+)", page.read_text())}
+    named |= {words[0] for words in commands("make")}
+    assert {"demo", "test"} <= named <= set(targets)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_scripts_and_tests_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"\b((?:bench|tests|pq_fx|passes|kernels)/[\w/]+\.py)", page.read_text())
+    named += [
+        f"tests/**/{name}" for name in re.findall(r"(?<![\w/])(test_\w+\.py)", page.read_text())
+    ]
+    for name in named:
+        assert list(ROOT.glob(name)), f"{page.name} names {name}"
 
 
 def string_constants(folder: Path) -> str:
