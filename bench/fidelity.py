@@ -101,6 +101,13 @@ def calibrated(model: nn.Module, args: argparse.Namespace, seed: int = 7919) -> 
     return quantizer.statistics()
 
 
+def settings_of(method: str) -> dict[str, Any]:
+    """The settings that a method's name in the tables stands for."""
+    if method == SYMMETRIC:
+        return {"method": "best", "parts": {"full_range": False}}
+    return {"method": method}
+
+
 def row_of(found: dict[str, Tensor], report: pq_fx.Report) -> dict[str, Any]:
     """What is recorded of a variant."""
     return {
@@ -149,8 +156,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             config = pq_fx.QuantConfig(
                 weights,
                 activation_format=activations,
-                method="best" if method == SYMMETRIC else method,
-                parts={"full_range": False} if method == SYMMETRIC else None,
+                **settings_of(method),
                 calibration_rows=args.rows,
             )
             report = pq_fx.prepare(clone, config, statistics=statistics).convert()

@@ -24,14 +24,16 @@ import pq_fx
 from pq_fx.demo.prompts import load_prompts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from fidelity import SYMMETRIC, settings_of
 from statistics_of_pictures import bootstrap
 
-METHODS = ("rtn", "convrot", "permuquant", "permuquant-h", "best")
+METHODS = ("rtn", "convrot", "permuquant", "permuquant-h", "best", SYMMETRIC)
 PAIRS = (
     ("rtn", "permuquant"),
     ("permuquant", "permuquant-h"),
     ("convrot", "permuquant-h"),
     ("permuquant-h", "best"),
+    (SYMMETRIC, "best"),
 )
 
 
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         known = {}
         for method in args.methods:
             clone = copy.deepcopy(model)
-            config = pq_fx.QuantConfig(fmt, method=method, calibration_rows=1024)
+            config = pq_fx.QuantConfig(fmt, calibration_rows=1024, **settings_of(method))
             report = pq_fx.prepare(clone, config, statistics=quantizer.statistics()).convert()
             known[method] = 1 - (embed(clone, test) * wanted).sum(1)
             row = {
