@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from pq_fx.checkpoint import save
+from pq_fx.passes import _torch
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +22,22 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_codegen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """`[count]` of the graphs that reached Inductor, which is left out: lowered graphs run as they are.
+
+    For tests of what Dynamo and the backend do. Most of the time of a compiled test is g++'s.
+    """
+    graphs = [0]
+
+    def compile_fx(gm: torch.fx.GraphModule, inputs: Any, **_: Any) -> Callable:
+        graphs[0] += 1
+        return gm.forward
+
+    monkeypatch.setattr(_torch, "compile_fx", compile_fx)
+    return graphs
 
 
 @pytest.fixture

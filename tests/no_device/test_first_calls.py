@@ -65,6 +65,7 @@ def test_a_first_call_that_is_not_counted(
     assert not any(type(m) is nn.Conv2d and m.weight.is_meta for m in model.modules())
 
 
+@pytest.mark.usefixtures("no_codegen")
 def test_pieces_are_converted_when_all_were_seen() -> None:
     model, _ = first_calls(
         "lumina", calls=3, steps=1

@@ -68,6 +68,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("no_codegen")
 @pytest.mark.parametrize("way", ["whole", "in place", "blocks"])
 def test_compiled_models_refuse_it_too(way: str) -> None:
     model, inputs, controlled = flux()
@@ -143,6 +144,7 @@ class Branch(nn.Module):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("no_codegen")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_branch_that_no_call_took(compiled: bool) -> None:
     torch.manual_seed(0)
@@ -183,6 +185,7 @@ def branch() -> tuple[Branch, torch.Tensor]:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("no_codegen")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_switch_that_no_call_had(compiled: bool) -> None:
     model, x = branch()
@@ -255,6 +258,7 @@ class Packed(nn.Module):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("no_codegen")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_tensors_and_switches_in_objects(compiled: bool) -> None:
     model, x, extra = Packed().eval(), torch.randn(40, 32), torch.randn(64)
@@ -288,6 +292,7 @@ def add(value: torch.Tensor) -> Callable:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("no_codegen")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_hook_that_came_later(compiled: bool) -> None:
     model, x = branch()
