@@ -247,7 +247,8 @@ def test_the_kernels_agree_about_it(tmp_path: Path) -> None:
         [sys.executable, str(script)], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {"compared": 96, "different": []}
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"compared": 96, "different": [], "ties": [True] * 4}
     assert callable(not_finite_agrees)
 
 
