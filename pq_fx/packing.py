@@ -115,7 +115,7 @@ def clips(fmt: Format | None) -> tuple[float, ...]:
     if fmt.element == "e2m1":
         return (0.9, 1.15, 1.33, 1.5) if fmt.scale == "e8m0" else (0.9, 1.1, 1.25, 1.5)
     if fmt.full_range:
-        # The scale is a sixteenth (an eighth) finer already, so less is worth cutting off.
+        # Steps are an eighth (a quarter) finer already, so less is worth cutting off.
         return {3: (1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), 4: (1.05, 0.95, 0.9, 0.85)}[fmt.bits]
     return {3: (0.9, 0.85, 0.8, 0.75, 0.7, 0.65), 4: (0.95, 0.9, 0.85, 0.8)}.get(fmt.bits, ())
 
