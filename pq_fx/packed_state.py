@@ -30,9 +30,8 @@ class PackedModule(nn.Module):
     """
 
     castable: ClassVar[tuple[str, ...]] = ()  # parameters that may be loaded from any float dtype
-    codes: ClassVar[
-        tuple[str, ...]
-    ] = ()  # parameters that two conversions have in common only if they are equal
+    # Parameters that two conversions have in common only if they are equal.
+    codes: ClassVar[tuple[str, ...]] = ()
     conversion: str | None = None  # digest of the whole model's record of folds
 
     def packed_settings(self) -> dict[str, Any]:
