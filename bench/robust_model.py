@@ -14,7 +14,14 @@ SETTINGS = {
     "patch_size": 1, "in_channels": 8, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
     "num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6),
 }  # fmt: skip
-CONFIG = pq_fx.QuantConfig("int4", group_size=16, method="permuquant", calibration_rows=32)
+# Symmetric integers, and in the single block scales with a sign.
+CONFIG = pq_fx.QuantConfig(
+    "int4",
+    group_size=16,
+    method="permuquant",
+    calibration_rows=32,
+    rules={r"re:single_.*": "int4f:16:bf16"},
+)
 
 
 def float_model(seed: int = 0) -> nn.Module:
