@@ -34,11 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from statistics_of_pictures import bootstrap, ratio_bootstrap
 
 TIMES = (0.95, 0.8, 0.5, 0.2, 0.05)
-# (weights, activations, group or None, methods), the most important first.
 # "best" as it was before int4f and int3f.
 SYMMETRIC = "best without full_range"
 ALL = ("rtn", "convrot", "permuquant", "permuquant-h", "best", SYMMETRIC)
 OTHERS = ("smoothquant", "svdquant")
+# (weights, activations, methods), the most important first.
 VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("int4", "same", ALL),
     ("int3", "same", ALL),

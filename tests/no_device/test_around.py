@@ -23,7 +23,6 @@ import pq_fx
 from pq_fx import applied
 from pq_fx.errors import CheckpointError, ConfigError, LoraError
 from pq_fx.modules import quantized_linears
-from pq_fx.passes import _torch
 from pq_fx.pointwise import PointwiseConv
 
 
@@ -114,13 +113,7 @@ def test_group_offload_by_leaves(
 # Compiling by blocks ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend up to its lowered graphs; test_quantizer.py compiles whole ones, and C++ takes its time."""
-    monkeypatch.setattr(_torch, "compile_fx", lambda graph, *args, **kwargs: graph.forward)
-
-
-@pytest.mark.usefixtures("no_inductor")
+@pytest.mark.usefixtures("no_codegen")  # test_quantizer.py compiles whole ones
 @pytest.mark.parametrize("family", ["flux", "sana"])
 def test_blocks_of_any_class_compile(family: str) -> None:
     pipe = pipelines.quantized(family)
@@ -244,7 +237,7 @@ def test_a_lora_of_each_layer_is_exact(family: str, method: str) -> None:
     assert (centered > 2) == (method == "best")
 
 
-@pytest.mark.usefixtures("no_inductor")
+@pytest.mark.usefixtures("no_codegen")
 def test_a_lora_compiles(int4: nn.Module) -> None:
     model = copy.deepcopy(int4)
     model.load_lora_adapter(lora(model, TARGETS))

@@ -36,19 +36,12 @@ def test_beyond_the_recompile_limit_the_numbers_stay_right() -> None:
 
 
 def test_blocks_beyond_the_recompile_limit_are_said_to_run_eagerly(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, no_codegen: list[int]
 ) -> None:
     """Regional compilation: the blocks share one function, and differ here in their formats."""
     from torch._dynamo import config
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    compiled = []
-
-    def without_inductor(gm: torch.fx.GraphModule, *_: object, **__: object) -> object:
-        compiled.append(gm)
-        return gm.forward
-
-    monkeypatch.setattr(_torch, "compile_fx", without_inductor)
     formats = "int4", "int8", "nvfp4", "mxfp4"
     rules = {rf"re:blocks\.{i}\..*": name for i, name in enumerate(formats)}
     model = quantized(toy.toy(blocks=4), pq_fx.QuantConfig(rules=rules, method="rtn"))
@@ -59,7 +52,7 @@ def test_blocks_beyond_the_recompile_limit_are_said_to_run_eagerly(
         pq_fx.compile_blocks(model)
         caplog.clear()
         assert relative(out(model), want) < SAME
-        assert len(compiled) == 2
+        assert no_codegen == [2]
         ours = [r.getMessage() for r in caplog.records if r.name == "pq_fx"]
         (said,) = (m for m in ours if "last graph that Dynamo compiles of Block.forward" in m)
         assert "run eagerly: the same numbers, but slowly" in said
@@ -83,9 +76,9 @@ def test_two_backends_and_new_shapes_in_one_process() -> None:
                 assert relative(out(way, batch=batch, tokens=tokens), want) < SAME
 
 
-def test_new_shapes_after_the_float_weights_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_codegen")
+def test_new_shapes_after_the_float_weights_are_gone() -> None:
     """First calls convert the model that Dynamo's first graphs were made of."""
-    monkeypatch.setattr(_torch, "compile_fx", lambda gm, *_, **__: gm.forward)
     model = toy.toy()
     float_weights = [weakref.ref(m.weight) for m in model.blocks.modules() if type(m) is nn.Linear]
     compiled = torch.compile(
