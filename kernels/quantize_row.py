@@ -10,12 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pq_fx.kernels.group_scales import (
-    element_code,
-    group_scales,
-    largest,
-    round_elements,
-)
+from pq_fx.kernels.group_scales import element_code, group_scales, largest, round_elements
 from pq_fx.kernels.reference import ROW_SCALE_FLOOR
 from pq_fx.kernels.rotate_row import rotate
 from pq_fx.kernels.rounding import as_bytes, bits_of, divide_rounded, e4m3_byte, float_of, widen
