@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+import toy
+
+import pq_fx
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-robust_gpu = pytest.importorskip("robust_gpu")
+robust_gpu = import_module("robust_gpu")
 
 
 @pytest.mark.parametrize("check", robust_gpu.CHECKS, ids=lambda check: check.__name__)
@@ -22,9 +26,7 @@ def test_nothing_wrong(check: Callable[[], dict]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_no_packed_linear(dtype: torch.dtype) -> None:
     """Kernels and what surrounds them compute under autocast what they compute without."""
-    toy = pytest.importorskip("toy")
     model = toy.toy(dtype=dtype).to("cuda")
-    pq_fx = pytest.importorskip("pq_fx")
     quantizer = pq_fx.prepare(model, toy.CONFIG)
     with torch.no_grad(), quantizer.calibrate(progress=False):
         model(toy.rows(0, dtype=dtype).cuda())
