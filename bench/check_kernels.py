@@ -1,4 +1,4 @@
-"""Every op of pq_fx on a CUDA device against the reference on the CPU; writes a JSON result.
+"""Every op of pq_fx, and GPTQ's kernel, on a CUDA device against the reference on the CPU; writes a JSON result.
 
     python bench/check_kernels.py --out bench/results/check_kernels_h100.json --random 1000 --canaries
     compute-sanitizer --tool memcheck python bench/check_kernels.py --small --out /tmp/small.json
@@ -22,10 +22,10 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import product
 from pathlib import Path
 from typing import Any
 
+import kernel_rounding
 import random_shapes
 import torch
 from kernel_cases import (
@@ -48,6 +48,7 @@ GROUPS = {
     "norm_quantize": norm_cases,
     "linear": linear_cases,
     "linear_weight_only": weight_only_cases,
+    "round_columns": kernel_rounding.round_cases,
 }
 
 
@@ -64,7 +65,10 @@ def run(
 ) -> list[dict[str, Any]]:
     """The checks of ops that `only` names, in `jobs` processes (most of the time is Triton compiling)."""
     names = [name for name in GROUPS if any(word in name for word in only)]
-    tasks = list(product(names, SMALL_KEYS if small else KEYS))
+    few = {"round_columns": kernel_rounding.SMALL_KEYS}
+    tasks = [
+        (name, key) for name in names for key in (few.get(name, SMALL_KEYS) if small else KEYS)
+    ]
     if jobs > 1:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=context) as pool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from kernel_checks import BOUNDS, Call, CheckFailed, as_bytes, check_quantized
+from kernel_rounding import round_columns
 from torch import Tensor
 
 from pq_fx.kernels import reference, reference_ops
@@ -40,13 +41,16 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def launcher(name: str) -> Callable[..., Any]:
-    """The Triton launcher of an op, without PyTorch's dispatch."""
+    """The Triton launcher of an op, without PyTorch's dispatch; GPTQ's kernel, which is no op."""
+    if name == "round_columns":
+        return round_columns
     return getattr(import_module(_TRITON[name]), name)
 
 
 def on_cuda(name: str, args: tuple[Any, ...]) -> Any:
     """Call an op as a model does, on a CUDA device."""
-    return getattr(torch.ops.pq, name)(*to_device(args, "cuda"))
+    op = getattr(torch.ops.pq, name) if name in _TRITON else launcher(name)
+    return op(*to_device(args, "cuda"))
 
 
 def interpreted(name: str, args: tuple[Any, ...]) -> Any:

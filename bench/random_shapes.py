@@ -34,6 +34,7 @@ from kernel_cases import (
     random_weight,
     to_device,
 )
+from kernel_rounding import check_rounding, inputs
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -228,6 +229,17 @@ def weights_only(call: Call, count: int) -> Case:
         yield check_output(case, "linear_weight_only", args, call, bound)
 
 
+def round_columns(call: Call, count: int) -> Case:
+    """GPTQ's columns: a part of a group to 128, rows of the weight at random."""
+    fmt, columns = Format.parse(random.choice(KEYS)), random.choice((16, 32, 64, 128, 0))
+    columns = columns or random.randint(1, 128)
+    by_column = random.random() < 0.5
+    for _ in range(count):
+        n = random.choice((random.randint(1, 40), random.randint(1, 400)))
+        case = f"round_columns {fmt.key} {columns}x{n} {by_column=}"
+        yield check_rounding(case, inputs(fmt, columns, n, by_column), call)
+
+
 KERNELS: dict[str, Callable[[Call, int], Case]] = {
     "quantize, act_quantize": quantize,
     "norm_quantize": norm_quantize,
@@ -236,6 +248,7 @@ KERNELS: dict[str, Callable[[Call, int], Case]] = {
     "GEMM of code points": _linear("codes", DTYPES),
     "GEMM of packed e2m1": _linear("e2m1", DTYPES),
     "weights only (gemv, decode)": weights_only,
+    "round_columns (GPTQ)": round_columns,
 }
 assert set(CARRIERS) == {"codes", "int8", "e2m1", "e4m3"}
 

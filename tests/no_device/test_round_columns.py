@@ -5,42 +5,32 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-SCRIPT = """
-import torch
-from pq_fx.kernels.formats import get_format
-from pq_fx.kernels.round_columns import round_columns as kernel
-from pq_fx.kernels.rows import KernelError
-from pq_fx.passes.rounding import _elements, round_columns
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 
-g = torch.Generator().manual_seed(SEED)
-for name, columns, count in (("int4", 64, 37), ("int3f", 5, 99), ("nvfp4", 16, 64), ("mxfp4", 32, 1), ("int8", 17, 20)):
-    values, bounds, _ = _elements(get_format(name), torch.device("cpu"))
-    block = torch.randn(columns, count, generator=g)
-    wide = torch.randn(columns, 128, generator=g) * 0.2
-    within = wide[:, 40 : 40 + columns]
-    if name != "int4":  # as a GPU's triangular solves leave it
-        within = within.T.contiguous().T
-    factor = torch.rand(count, generator=g) * 0.2 + 0.05
-    factor[0] = 0.0
-    factor[1::2] *= -1.0  # of int4f and int3f
-    block[:, 0] = 0.0
-    found = []
-    for rounding in (round_columns, kernel):
-        index, errors = torch.zeros(columns, count, dtype=torch.int32), torch.full((columns, count), 7.0)
-        rounding(block.clone(), within, factor, values, bounds, index, errors)
-        found.append((index, errors))
-    (index, errors), (own, lost) = found
-    # Sums in another order may round a tie the other way, which then spreads down its row of the weight.
-    same = (index == own).all(0)
-    assert same.float().mean() > 0.95, (name, same.float().mean())
-    torch.testing.assert_close(lost[:, same], errors[:, same], rtol=1e-4, atol=1e-5)
+# Between guard bytes, each step against float64, and the loop over columns: bench/kernel_rounding.py.
+SCRIPT = """
+import sys
+sys.path.insert(0, BENCH)
+import torch
+from kernel_rounding import check_rounding, inputs, round_columns
+from pq_fx.kernels.formats import get_format
+from pq_fx.kernels.rows import KernelError
+from random_shapes import guarded_call
+
+torch.manual_seed(SEED)
+shapes = ("int4", 64, 37), ("int3f", 5, 99), ("int3", 128, 17), ("nvfp4", 16, 64), ("mxfp4", 32, 1), ("int8", 17, 20)
+for i, (name, columns, count) in enumerate(shapes):
+    args = inputs(get_format(name), columns, count, by_column=i % 2 == 1)
+    check_rounding(name, args, guarded_call("cpu"))
+block, within, factor, values, bounds = args
 try:
-    kernel(block, within, factor[:3], values, bounds, index, errors)
+    round_columns(block, within, factor[:3], values, bounds)
 except KernelError as error:
     assert "factor is torch.float32 [3], expected torch.float32 [20]" in str(error), error
 else:
@@ -73,7 +63,11 @@ print("done")
 @pytest.mark.parametrize("script", [SCRIPT, WHOLE], ids=["columns", "gptq"])
 def test_kernel_equals_the_loop(script: str, seed: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", script.replace("SEED", str(seed))],
+        [
+            sys.executable,
+            "-c",
+            script.replace("SEED", str(seed)).replace("BENCH", repr(str(BENCH))),
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
