@@ -53,6 +53,8 @@ def not_finite() -> dict[str, Any]:
         "int4:64:bf16",
         "int4:16:pow2",
         "int3:64:bf16",
+        "int4f:64:bf16",
+        "int3f:64:bf16",
         "nvfp4:16:e4m3",
         "mxfp4:32:e8m0",
         "fp8:0:fp32",

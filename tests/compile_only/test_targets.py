@@ -219,7 +219,9 @@ def test_dequantizing_gemm(chip: int) -> None:
 
 
 @pytest.mark.parametrize("chip", [80, 86, 90])
-@pytest.mark.parametrize("key", ["int4:64:bf16", "mxfp4:32:e8m0", "int3f:128:bf16"])
+@pytest.mark.parametrize(
+    "key", ["int4:64:bf16", "mxfp4:32:e8m0", "int3:128:bf16", "int3f:128:bf16"]
+)
 def test_int8_gemm_uses_int8_tensor_cores(chip: int, key: str) -> None:
     fmt = Format.parse(key)
     constants = {
