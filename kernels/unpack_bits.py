@@ -1,15 +1,16 @@
 """Device functions that turn packed codes into 16-bit floats by bit moves, four bytes at a time.
 
-Element values have at most 8 significant bits, so bf16 and fp16 hold them exactly. A 4-bit code
-costs 2.5 instructions: two codes are moved apart into the halves of a word, or-ed into the mantissa
-of 128 (fp16: 1024), and the constant is subtracted from both at once; int4f and int3f are
-offset binary, so that constant is their zero and no sign is left. e2m1's exponent is moved into that
-of a tiny float and scaled up exactly. int3's magnitudes already lie two to a word. Triton's
-interpreter has no inline assembly; there, and for 8 bits, the values of `codes.code_value` are
-converted.
+Element values have at most 8 significant bits, so bf16 and fp16 hold them exactly. Two codes are
+moved apart into the halves of a word, or-ed into the mantissa of 128 (fp16: 1024) where they stand,
+and one fused multiply-add of both brings them to their size and takes the constant away; int4f's and
+int3f's zero is in that constant, the others' sign is put in. e2m1's exponent is moved into that of a
+tiny float and scaled up exactly. int3's magnitudes already lie two to a word. Triton's interpreter
+has no inline assembly; there, and for 8 bits, the values of `codes.code_value` are converted.
 """
 
 from __future__ import annotations
+
+import struct
 
 import triton
 import triton.language as tl
@@ -20,105 +21,103 @@ from pq_fx.kernels.rows import INTERPRETED
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-def _assembly(magnitude: str, kind: str, factor: int, addend: int, signed: bool = True) -> str:
+# 128 in bf16 and 1024 in fp16: the lowest bit of their mantissas counts 1.
+_ONE = {"bf16x2": 128.0, "f16x2": 1024.0}
+
+
+def _pair(value: float, kind: str) -> str:
+    """The word with two floats of this value."""
+    packed = struct.pack(">f", value)[:2] if kind == "bf16x2" else struct.pack(">e", value)
+    return f"{int.from_bytes(packed, 'big') * 0x10001:#010x}"
+
+
+def _assembly(element: str, kind: str) -> tl.constexpr:
     """PTX for four bytes $4: low nibbles to $0, $1 and high nibbles to $2, $3, two values a word.
 
-    magnitude: from a word `n` of nibbles (bits 0 to 3 of each half; garbage above) to the word `m`
-    of unsigned floats of `kind`, which are multiplied by `factor` and added to `addend` (words).
-    signed: bit 3 of a nibble is the sign.
+    Magnitudes are or-ed into the mantissa of 128 (1024) where they stand in their byte: high ones
+    count sixteen times. int4f's have a bit more, for which bf16 has no room there.
     """
+    one = _ONE[kind]
     lines = [
-        ".reg .b32 a, b, m, s, n, f, c;",
-        f"mov.b32 f, {factor:#010x};",
-        f"mov.b32 c, {addend:#010x};",
+        ".reg .b32 a, b, m, s, f, c, e;",
+        f"mov.b32 e, {_pair(one, kind)};",
         "prmt.b32 a, $4, 0, 0x4140;",
         "prmt.b32 b, $4, 0, 0x4342;",
     ]
-    for out, word, shift, sign in (
-        ("$0", "a", 0, 12),
-        ("$1", "b", 0, 12),
-        ("$2", "a", 4, 8),
-        ("$3", "b", 4, 8),
-    ):
-        lines += [
-            f"shr.u32 n, {word}, {shift};",
-            magnitude,
-            f"fma.rn.{kind} {'m' if signed else out}, m, f, c;",
-        ]
-        if signed:
+    for shift, outputs in ((0, ("$0", "$1")), (4, ("$2", "$3"))):
+        mask = f"{0x00070007 << shift:#010x}"
+        factor, addend = 2.0**-shift, -one * 2.0**-shift
+        if element == "int4f":
+            factor, addend = 1.0, -one - 8.0
+        elif element == "e2m1":  # exponent and mantissa in their place read so much too small
+            factor, addend = 2.0 ** (126 if kind == "bf16x2" else 14), -0.0
+        lines += [f"mov.b32 f, {_pair(factor, kind)};", f"mov.b32 c, {_pair(addend, kind)};"]
+        for out, word in zip(outputs, "ab", strict=True):
+            if element == "int4f":
+                lines += [
+                    f"shr.u32 m, {word}, {shift};",
+                    "lop3.b32 m, m, 0x000F000F, e, 0xEA;",
+                    f"fma.rn.{kind} {out}, m, f, c;",
+                ]
+                continue
+            if element == "int4":
+                lines += [f"lop3.b32 m, {word}, {mask}, e, 0xEA;"]  # word & mask | e
+            else:
+                place = 6 if kind == "bf16x2" else 9
+                lines += [f"and.b32 m, {word}, {mask};", f"shl.b32 m, m, {place - shift};"]
             lines += [
-                f"shl.b32 s, {word}, {sign};",
+                f"fma.rn.{kind} m, m, f, c;",
+                f"shl.b32 s, {word}, {12 - shift};",
                 f"lop3.b32 {out}, m, s, 0x80008000, 0x78;",  # m ^ (s & mask)
             ]
-    return "{ " + " ".join(lines) + " }"
+    return tl.constexpr("{ " + " ".join(lines) + " }")
 
 
-def _assembly_int3(kind: str, exponent: int, factor: int, addend: int, signed: bool = True) -> str:
+def _assembly_3_bits(element: str, kind: str) -> tl.constexpr:
     """PTX for four times eight channels: magnitudes $16, $17 and signs $18 to $0 ... $15.
 
-    A word of magnitudes holds two times eight channels of two bits, so channel i of both is one
-    shift away; $2i, $2i + 1 are the four values of channel i, two a word. Not signed: the "signs" are
-    bit 2 of a code.
+    A word of magnitudes holds two times eight channels of two bits; $2i, $2i + 1 are the four values
+    of channel i, two a word. Three channels at a time are or-ed into mantissas without a shift: the
+    second counts four times, the third sixteen times. int3f: the "signs" are bit 2 of a code.
     """
-    lines = [
-        ".reg .b32 p, q, m, s, f, c, e;",
-        f"mov.b32 f, {factor:#010x};",
-        f"mov.b32 c, {addend:#010x};",
-        f"mov.b32 e, {exponent:#010x};",
-        # Each byte of signs in the upper half of 16 bits.
-        "prmt.b32 p, $18, 0, 0x1404;",
-        "prmt.b32 q, $18, 0, 0x3424;",
-    ]
+    one, signed = _ONE[kind], element == "int3"
+    lines = [".reg .b32 p, q, m, s, e, n<2>, f<3>, c<3>;", f"mov.b32 e, {_pair(one, kind)};"]
+    for j in range(3):
+        addend = -one * 4.0**-j - (0.0 if signed else 4.0)
+        lines += [f"mov.b32 f{j}, {_pair(4.0**-j, kind)};", f"mov.b32 c{j}, {_pair(addend, kind)};"]
+    # Each byte of signs in the upper half of 16 bits, or in the lower one.
+    for word, selected in zip(
+        "pq", ("0x1404", "0x3424") if signed else ("0x4140", "0x4342"), strict=True
+    ):
+        lines.append(f"prmt.b32 {word}, $18, 0, {selected};")
     for i in range(8):
+        j = i % 3
         for half, signs in enumerate("pq"):
-            lines += [
-                f"shr.u32 m, ${16 + half}, {2 * i};",
-                "lop3.b32 m, m, 0x00030003, e, 0xEA;",
-            ]
+            if j == 0:
+                lines.append(f"shr.u32 n{half}, ${16 + half}, {2 * i};")
+            out = f"${2 * i + half}"
+            lines.append(f"lop3.b32 m, n{half}, {0x00030003 << 2 * j:#010x}, e, 0xEA;")
             if signed:
                 lines += [
-                    f"fma.rn.{kind} m, m, f, c;",
+                    f"fma.rn.{kind} m, m, f{j}, c{j};",
                     f"shl.b32 s, {signs}, {7 - i};",
-                    f"lop3.b32 ${2 * i + half}, m, s, 0x80008000, 0x78;",
+                    f"lop3.b32 {out}, m, s, 0x80008000, 0x78;",
                 ]
             else:
+                up = 2 * j + 2 - i
                 lines += [
-                    f"shr.u32 s, {signs}, {6 + i};",
-                    "lop3.b32 m, m, s, 0x00040004, 0xF8;",  # m | (s & mask)
-                    f"fma.rn.{kind} ${2 * i + half}, m, f, c;",
+                    f"{'shl.b32' if up >= 0 else 'shr.u32'} s, {signs}, {abs(up)};",
+                    f"lop3.b32 m, m, s, {0x00040004 << 2 * j:#010x}, 0xF8;",  # m | (s & mask)
+                    f"fma.rn.{kind} {out}, m, f{j}, c{j};",
                 ]
-    return "{ " + " ".join(lines) + " }"
+    return tl.constexpr("{ " + " ".join(lines) + " }")
 
 
-# n & 7 | exponent of 128 (1024), as one LOP3 (0xEA: a & b | c), then minus 128 (1024).
-_INT4_BF16 = tl.constexpr(
-    _assembly("lop3.b32 m, n, 0x00070007, 0x43004300, 0xEA;", "bf16x2", 0x3F803F80, 0xC300C300)
-)
-_INT4_FP16 = tl.constexpr(
-    _assembly("lop3.b32 m, n, 0x00070007, 0x64006400, 0xEA;", "f16x2", 0x3C003C00, 0xE400E400)
-)
-_INT3_BF16 = tl.constexpr(_assembly_int3("bf16x2", 0x43004300, 0x3F803F80, 0xC300C300))
-_INT3_FP16 = tl.constexpr(_assembly_int3("f16x2", 0x64006400, 0x3C003C00, 0xE400E400))
-# Minus 136 (1032): 128 (1024) and the 8 of offset binary; int3f's is 4.
-_INT4F_BF16 = tl.constexpr(
-    _assembly(
-        "lop3.b32 m, n, 0x000F000F, 0x43004300, 0xEA;", "bf16x2", 0x3F803F80, 0xC308C308, False
-    )
-)
-_INT4F_FP16 = tl.constexpr(
-    _assembly(
-        "lop3.b32 m, n, 0x000F000F, 0x64006400, 0xEA;", "f16x2", 0x3C003C00, 0xE408E408, False
-    )
-)
-_INT3F_BF16 = tl.constexpr(_assembly_int3("bf16x2", 0x43004300, 0x3F803F80, 0xC304C304, False))
-_INT3F_FP16 = tl.constexpr(_assembly_int3("f16x2", 0x64006400, 0x3C003C00, 0xE404E404, False))
-# Exponent and mantissa of e2m1 read 2^-126 (2^-14) too small in place, the subnormal included.
-_E2M1_BF16 = tl.constexpr(
-    _assembly("and.b32 m, n, 0x00070007; shl.b32 m, m, 6;", "bf16x2", 0x7E807E80, 0x80008000)
-)
-_E2M1_FP16 = tl.constexpr(
-    _assembly("and.b32 m, n, 0x00070007; shl.b32 m, m, 9;", "f16x2", 0x74007400, 0x80008000)
-)
+_INT4_BF16, _INT4_FP16 = _assembly("int4", "bf16x2"), _assembly("int4", "f16x2")
+_INT4F_BF16, _INT4F_FP16 = _assembly("int4f", "bf16x2"), _assembly("int4f", "f16x2")
+_E2M1_BF16, _E2M1_FP16 = _assembly("e2m1", "bf16x2"), _assembly("e2m1", "f16x2")
+_INT3_BF16, _INT3_FP16 = _assembly_3_bits("int3", "bf16x2"), _assembly_3_bits("int3", "f16x2")
+_INT3F_BF16, _INT3F_FP16 = _assembly_3_bits("int3f", "bf16x2"), _assembly_3_bits("int3f", "f16x2")
 # Types of what comes out, as many as there are outputs.
 _TWO_BF16 = tl.constexpr((tl.bfloat16,) * 2)
 _TWO_FP16 = tl.constexpr((tl.float16,) * 2)
