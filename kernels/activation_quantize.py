@@ -28,7 +28,15 @@ from pq_fx.kernels.row_arguments import (
     row_constants,
     row_tile,
 )
-from pq_fx.kernels.rows import Tile, as_rows, native_fp8, on_device_of, require, storage_bytes
+from pq_fx.kernels.rows import (
+    Tile,
+    as_rows,
+    ceil_div,
+    native_fp8,
+    on_device_of,
+    require,
+    storage_bytes,
+)
 
 # exp(-2u) = exp2(x * (LINE + CUBE * x^2)) of gelu's u = sqrt(2 / pi) * (x + 0.044715 * x^3).
 _GELU_LINE = tl.constexpr(-2.0 * math.sqrt(2.0 / math.pi) / math.log(2.0))
@@ -243,7 +251,7 @@ def act_quantize(
     firsts = rows if before is None else as_rows(before, "before")
     tile = tile or row_tile(channels, fmt, rotation, x.dtype, perm is not None)
     with on_device_of(x):
-        launch(_act_quantize_kernel)[(triton.cdiv(rows.tokens, tile.rows), rows.batch)](
+        launch(_act_quantize_kernel)[(ceil_div(rows.tokens, tile.rows), rows.batch)](
             rows.tensor,
             None if gate is None else gates.tensor,
             None if before is None else firsts.tensor,

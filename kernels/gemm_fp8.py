@@ -23,6 +23,7 @@ from pq_fx.kernels.launch import launch
 from pq_fx.kernels.rounding import e4m3_value
 from pq_fx.kernels.rows import (
     INTERPRETED,
+    ceil_div,
     native_fp8,
     on_device_of,
     require,
@@ -107,7 +108,7 @@ def fp8_gemm(
     native = native_fp8(a.device)
     block_m, block_n = (64, 64) if count <= 64 or INTERPRETED else (128, 128)
     with on_device_of(a):
-        launch(_fp8_gemm_kernel)[(triton.cdiv(count, block_m) * triton.cdiv(columns, block_n),)](
+        launch(_fp8_gemm_kernel)[(ceil_div(count, block_m) * ceil_div(columns, block_n),)](
             storage_bytes(a),
             a_scale,
             storage_bytes(b),

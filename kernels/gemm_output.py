@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pq_fx.kernels.rows import MAX_BATCH, require
+from pq_fx.kernels.rows import MAX_BATCH, ceil_div, require
 
 
 @triton.jit
@@ -42,4 +42,4 @@ def row_blocks(count: int, block: int) -> int:
         count <= MAX_BATCH * block,
         f"{count} rows; a launch takes {MAX_BATCH * block}: split the batch",
     )
-    return triton.cdiv(count, block)
+    return ceil_div(count, block)

@@ -20,7 +20,14 @@ from pq_fx.kernels.decode import check_packed, decode_float
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.rounding import as_bytes
-from pq_fx.kernels.rows import INTERPRETED, on_device_of, require, storage_bytes
+from pq_fx.kernels.rows import (
+    INTERPRETED,
+    ceil_div,
+    on_device_of,
+    power_of_2,
+    require,
+    storage_bytes,
+)
 from pq_fx.kernels.unpack_bits import load_values, multiply_pairs
 
 MAX_ROWS = 64
@@ -146,10 +153,10 @@ def gemv(
     # At most 16 groups a block, whose partial sums are kept apart: few registers.
     apart = 32 if fmt.two_level else fmt.group_size or 32
     block_k = block_k or min(512 if count <= 16 else 256, 16 * apart)
-    block_k = min(block_k, max(triton.next_power_of_2(channels), fmt.group_size, 32))
+    block_k = min(block_k, max(power_of_2(channels), fmt.group_size, 32))
     dot = tl.float16 if x.dtype == torch.float16 else tl.bfloat16
     with on_device_of(x):
-        launch(_gemv_kernel)[(triton.cdiv(columns, block_n),)](
+        launch(_gemv_kernel)[(ceil_div(columns, block_n),)](
             x,
             weight,
             storage_bytes(weight_scale),
@@ -168,7 +175,7 @@ def gemv(
             SCALE=fmt.scale,
             GROUP=fmt.group_size,
             DOT=tl.float32 if INTERPRETED else dot,
-            BLOCK_M=max(8, triton.next_power_of_2(count)),
+            BLOCK_M=max(8, power_of_2(count)),
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             STAGES=stages,

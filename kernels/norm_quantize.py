@@ -31,6 +31,7 @@ from pq_fx.kernels.rows import (
     MAX_BATCH,
     Tile,
     as_rows,
+    ceil_div,
     native_fp8,
     on_device_of,
     require,
@@ -267,7 +268,7 @@ def norm_quantize(
     rows = as_rows(x.unsqueeze(1) if x.dim() == 2 and by_entry else x, "x")
     tile = tile or row_tile(channels, fmt, rotation, x.dtype, perm is not None)
     with on_device_of(x):
-        launch(_norm_quantize_kernel)[(triton.cdiv(rows.tokens, tile.rows), rows.batch)](
+        launch(_norm_quantize_kernel)[(ceil_div(rows.tokens, tile.rows), rows.batch)](
             rows.tensor,
             channel_vector(weight, x, "weight"),
             channel_vector(bias, x, "bias"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from pq_fx.errors import FormatError, PQError
@@ -89,13 +89,24 @@ def storage_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8)
 
 
+# triton.cdiv and triton.next_power_of_2 serve kernels too, and take the host microseconds a call.
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up; sizes may be symbolic."""
+    return (a + b - 1) // b
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n >= 1."""
+    return 1 << (int(n) - 1).bit_length()
+
+
 def padded_length(channels: int) -> int:
     """Power of two that holds a row; raises KernelError for rows too long for one program."""
     require(
         0 < channels <= 65536,
         f"rows of {channels} channels do not fit one program (1 to 65536); split the linear",
     )
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, power_of_2(channels))
 
 
 @dataclass(frozen=True)
@@ -115,18 +126,23 @@ def tile_of(channels: int, unit: int, by_dot: bool, gathered: bool) -> Tile:
     wants 16 groups a piece or more. `gathered`: two warps or more, because Triton makes a gather
     inside one warp of shuffles, one for each pair of a thread's channels.
     """
+    return _tile_of(int(channels), unit, by_dot, gathered)
+
+
+@functools.cache
+def _tile_of(channels: int, unit: int, by_dot: bool, gathered: bool) -> Tile:
     length = padded_length(channels)
     head, tail = length, 0
     if channels > 64 and length // 2 >= unit:
         head = length // 2
-        tail = max(triton.next_power_of_2(channels - head), unit)
+        tail = max(power_of_2(channels - head), unit)
     # A row a warp where a rotation moves nothing between threads (`rotate_row._rotate_64`).
     alone = by_dot and unit == 64 and not gathered and length > 2048
     rows = 1 if alone or length > 4096 else 2
     while by_dot and rows * (tail or head) < 16 * unit:
         rows *= 2
     each = 3072 if by_dot or gathered or length <= 4096 else 1536  # channels that a warp holds
-    warps = triton.next_power_of_2(triton.cdiv(rows * (head + tail), each))
+    warps = power_of_2(ceil_div(rows * (head + tail), each))
     return Tile(rows, head, tail, min(max(warps, 2 if gathered else 1), 32))
 
 
