@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pq_fx.kernels.codes import code_value, load_code, scale_value
+from pq_fx.kernels.codes import code_value, load_code, packed_bits, scale_value
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.reference import ROW_SCALE_FLOOR
@@ -142,7 +142,7 @@ def _decode_kernel(
     # Not a reshape of one range, and a constant row length: the compiler must see that neighbors
     # are contiguous and their masks equal, or it loads single bytes.
     offsets = index[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    if ELEMENT == "int4" or ELEMENT == "int4f" or ELEMENT == "e2m1":
+    if packed_bits(ELEMENT) == 4:
         pairs = index[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
         packed = tl.load(weight_ptr + pairs, mask=pairs < CHANNELS // 2, other=0)
         low = code_value(packed & 15, ELEMENT) * factor[:, None]

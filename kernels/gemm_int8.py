@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_fx.kernels.carriers import int8_unit
-from pq_fx.kernels.codes import code_lattice, load_code, scale_value
+from pq_fx.kernels.codes import code_lattice, load_code, packed_bits, scale_value
 from pq_fx.kernels.decode import check_packed
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.gemm_output import row_blocks, store_output
@@ -93,7 +93,7 @@ def _load_lattice(
     ELEMENT: tl.constexpr,
 ):
     """int8 lattice points [ROWS, COUNT] of channels first to first + COUNT of packed rows `base`."""
-    if ELEMENT == "int4" or ELEMENT == "int4f" or ELEMENT == "e2m1":
+    if packed_bits(ELEMENT) == 4:
         byte = first // 2 + tl.arange(0, COUNT // 2)[None, :]
         packed = tl.load(base + byte, mask=byte < CHANNELS // 2, other=0)
         low, high = code_lattice(packed & 15, ELEMENT), code_lattice(packed >> 4, ELEMENT)

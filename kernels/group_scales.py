@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pq_fx.kernels.codes import full_range, packed_bits
 from pq_fx.kernels.reference import E4M3_MAX, E4M3_TINY, SCALE_FLOOR
 from pq_fx.kernels.rounding import (
     bits_of,
@@ -37,7 +38,7 @@ def _larger(a, b):
 @triton.jit
 def largest(x, axis: tl.constexpr, ELEMENT: tl.constexpr):
     """Largest magnitude along an axis; NaN wins. int4f, int3f: with its sign, the negative one of equals."""
-    if ELEMENT == "int4f" or ELEMENT == "int3f":
+    if full_range(ELEMENT):
         # As integers with the sign in the lowest bit: a rotation of bits and one reduction.
         bits = x.to(tl.uint32, bitcast=True)
         most = tl.max((bits << 1) | (bits >> 31), axis=axis)
@@ -101,7 +102,7 @@ def group_scales(
         scale = tl.where(halve, scale * 0.5, scale)
         inverse = tl.where(halve, inverse * 2.0, inverse)
         return scale, scale, inverse, scale
-    elif ELEMENT == "int4f" or ELEMENT == "int3f":
+    elif full_range(ELEMENT):
         scale = amax * (-1.0 / TOP)
         scale = round_bfloat16(tl.where(tl.abs(scale) < _SCALE_FLOOR, _SCALE_FLOOR, scale))
         return scale, scale, reciprocal(scale), scale
@@ -145,7 +146,7 @@ def round_elements(
         magnitude = tl.abs(scaled if LATER else round_float_lattice(scaled, -6, 3))
         # The sign of the input: the division's last multiply-add turns -0 into +0.
         return float_of(bits_of(magnitude) | (bits_of(groups) & -2147483648))
-    elif ELEMENT == "int4f" or ELEMENT == "int3f":
+    elif full_range(ELEMENT):
         # Without a clip only the end that no scale was made for saturates.
         elements = tl.minimum(round_integer(scaled), TOP - 1.0)
         return tl.maximum(elements, -TOP) if HAS_CLIP else elements
@@ -163,15 +164,15 @@ def element_code(value, ELEMENT: tl.constexpr):
         return e4m3_byte(value, False)
     elif ELEMENT == "int8":
         return value.to(tl.int32).to(tl.uint8)
-    elif ELEMENT == "int4f" or ELEMENT == "int3f":
+    elif full_range(ELEMENT):
         # Added to 2^23 an integer stands in the lowest bits; cheaper than a conversion.
-        return bits_of(value + (8388616.0 if ELEMENT == "int4f" else 8388612.0)).to(tl.uint8)
+        return bits_of(value + (8388608.0 + (1 << (packed_bits(ELEMENT) - 1)))).to(tl.uint8)
     elif ELEMENT == "e2m1":
         magnitude = tl.abs(value)
         normal = (bits_of(magnitude) >> 22) - 252
         code = tl.where(magnitude < 1.0, (magnitude * 2.0).to(tl.int32), normal)
         return (code | ((bits_of(value) >> 28) & 8)).to(tl.uint8)
     else:
-        sign_bit: tl.constexpr = 8 if ELEMENT == "int4" else 4
+        sign_bit: tl.constexpr = 1 << (packed_bits(ELEMENT) - 1)
         magnitude = tl.abs(value).to(tl.int32)
         return (magnitude | tl.where(value < 0, sign_bit, 0)).to(tl.uint8)

@@ -15,7 +15,7 @@ import struct
 import triton
 import triton.language as tl
 
-from pq_fx.kernels.codes import code_value
+from pq_fx.kernels.codes import code_value, packed_bits
 from pq_fx.kernels.rows import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -207,12 +207,12 @@ def load_values(
 
     base: pointers [ROWS, 1] to the rows; zeros beyond CHANNELS. `first` is a multiple of COUNT.
     """
-    if ELEMENT == "int4" or ELEMENT == "int4f" or ELEMENT == "e2m1":
+    if packed_bits(ELEMENT) == 4:
         byte = first // 2 + tl.arange(0, COUNT // 2)[None, :]
         packed = tl.load(base + byte, mask=byte < CHANNELS // 2, other=0)
         low, high = unpack_nibbles(packed, ELEMENT, DTYPE)
         return tl.reshape(tl.join(low, high), [ROWS, COUNT])
-    elif ELEMENT == "int3" or ELEMENT == "int3f":
+    elif packed_bits(ELEMENT) == 3:
         # Eight channels are 16 bits of magnitudes and 8 of signs; a row has an even number of bytes.
         eight = first // 8 + tl.arange(0, COUNT // 8)[None, :]
         mask = eight < CHANNELS // 8

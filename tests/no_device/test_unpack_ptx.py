@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from pq_fx.kernels import rotate_row, unpack_bits
-from pq_fx.kernels.formats import Format
+from pq_fx.kernels.codes import full_range, packed_bits
+from pq_fx.kernels.formats import FORMAT_NAMES, Format, get_format
 from pq_fx.kernels.values import element_values
 
 MASK = 0xFFFFFFFF
@@ -120,6 +121,13 @@ def test_three_bits(kind: str, element: str) -> None:
                     assert found == (-low if high else low)
                 else:
                     assert found == low + 4 * high - 4
+
+
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_kernels_know_what_the_format_says(name: str) -> None:
+    fmt = get_format(name)
+    assert packed_bits(fmt.element) == fmt.bits
+    assert full_range(fmt.element) == fmt.full_range
 
 
 def test_two_rows_become_words() -> None:
