@@ -21,7 +21,14 @@ from pq_fx.kernels.gemm_output import row_blocks, store_output
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.pack import channels_of
 from pq_fx.kernels.rounding import as_bytes
-from pq_fx.kernels.rows import INTERPRETED, check_scale, on_device_of, require, storage_bytes
+from pq_fx.kernels.rows import (
+    INTERPRETED,
+    ceil_div,
+    check_scale,
+    on_device_of,
+    require,
+    storage_bytes,
+)
 
 
 @triton.jit
@@ -166,7 +173,7 @@ def dequantizing_gemm(
     if INTERPRETED:
         dot = tl.float32
     with on_device_of(a):
-        launch(_dequantizing_gemm_kernel)[(triton.cdiv(columns, 32 if few else 64), blocks)](
+        launch(_dequantizing_gemm_kernel)[(ceil_div(columns, 32 if few else 64), blocks)](
             a,
             None if a_scale is None else storage_bytes(a_scale),
             a_global,

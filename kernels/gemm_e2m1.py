@@ -20,7 +20,7 @@ from pq_fx.kernels.formats import Format
 from pq_fx.kernels.gemm_output import row_blocks, store_output
 from pq_fx.kernels.launch import launch
 from pq_fx.kernels.rounding import as_bytes
-from pq_fx.kernels.rows import INTERPRETED, check_scale, on_device_of, storage_bytes
+from pq_fx.kernels.rows import INTERPRETED, ceil_div, check_scale, on_device_of, storage_bytes
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _CHIPS = ((10, 0), (12, 0))
@@ -144,7 +144,7 @@ def e2m1_gemm(
     a = a if a.stride(-1) == 1 else a.contiguous()
     block_m, block_n = (16, 32) if INTERPRETED else (128, 128)
     with on_device_of(a):
-        launch(_e2m1_gemm_kernel)[(triton.cdiv(columns, block_n), row_blocks(count, block_m))](
+        launch(_e2m1_gemm_kernel)[(ceil_div(columns, block_n), row_blocks(count, block_m))](
             a,
             storage_bytes(a_scale),
             a_global,

@@ -18,7 +18,7 @@ from pq_fx.kernels.decode import check_packed
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.gemm_output import row_blocks, store_output
 from pq_fx.kernels.launch import launch
-from pq_fx.kernels.rows import INTERPRETED, check_scale, on_device_of, storage_bytes
+from pq_fx.kernels.rows import INTERPRETED, ceil_div, check_scale, on_device_of, storage_bytes
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -140,7 +140,7 @@ def int8_gemm(
     groups = [f.group_size for f in (a_format, weight_format) if f.group_size]
     block_m, block_n = (32, 32) if count <= 32 or INTERPRETED else (128, 64)
     with on_device_of(a):
-        launch(_int8_gemm_kernel)[(triton.cdiv(columns, block_n), row_blocks(count, block_m))](
+        launch(_int8_gemm_kernel)[(ceil_div(columns, block_n), row_blocks(count, block_m))](
             a,
             storage_bytes(a_scale),
             weight,

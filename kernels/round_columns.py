@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pq_fx.kernels.launch import launch
-from pq_fx.kernels.rows import on_device_of, require
+from pq_fx.kernels.rows import ceil_div, on_device_of, power_of_2, require
 
 
 @triton.jit
@@ -92,11 +92,11 @@ def round_columns(
         require(
             name == "within" or given.is_contiguous(), f"round_columns: {name} is not contiguous"
         )
-    padded = max(16, triton.next_power_of_2(columns))
+    padded = max(16, power_of_2(columns))
     # A tile of 16 registers a thread.
     block_n = max(16, 2048 // padded)
     with on_device_of(block):
-        launch(_round_columns_kernel)[(triton.cdiv(count, block_n),)](
+        launch(_round_columns_kernel)[(ceil_div(count, block_n),)](
             block,
             within,
             factor,
