@@ -7,7 +7,7 @@ of it, so that every part can be measured by itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pq_fx.errors import ConfigError
@@ -104,3 +104,16 @@ def with_parts(name: str, parts: Mapping[str, Any] | None) -> Method:
             wanted = "True or False" if known[key] is bool else "an integer of at least 0"
             raise ConfigError(f"parts[{key!r}] is {value!r}; expected {wanted}")
     return replace(method, **parts)
+
+
+def parts_on(method: Method) -> dict[str, Any]:
+    """The parts that a row has on. The name of a method may stand for others in another release."""
+    return {name: value for name, value in asdict(method).items() if value}
+
+
+def parts_between(method: Method, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The `parts` that turn a row into the one of which `wanted`, and nothing else, is on."""
+    if not isinstance(wanted, Mapping):
+        raise ConfigError(f"the parts of a method are {wanted!r:.80}; expected a table")
+    have, want = asdict(method), {**asdict(Method()), **wanted}
+    return {name: value for name, value in want.items() if have.get(name) != value}

@@ -14,8 +14,9 @@ from torch import nn
 
 from pq_fx.config import QuantConfig
 from pq_fx.config_values import FULL_RANGE
-from pq_fx.errors import PQError
+from pq_fx.errors import ConfigError, PQError
 from pq_fx.fitting_table import Column, FittingTable
+from pq_fx.methods import parts_between, parts_on
 
 REPORT_VERSION = 1
 _ATTRIBUTE = "quantization_report"
@@ -152,6 +153,7 @@ class Report:
         return {
             "report_version": REPORT_VERSION,
             "config": self.config.to_dict(),
+            "recipe": parts_on(self.config.recipe),
             "seconds": self.seconds,
             "weight_bytes": self.weight_bytes,
             "float_weight_bytes": self.float_weight_bytes,
@@ -187,9 +189,11 @@ class Report:
         try:
             layers = tuple(_layer(row) for row in plain["layers"])
             values = {name: plain[name] for name in names}
-            config = _as_converted(QuantConfig.from_dict(plain["config"]), layers)
+            config = QuantConfig.from_dict(plain["config"])
+            recipe = plain["recipe"] if "recipe" in plain else _older_recipe(config, layers)
+            config = _as_converted(config, recipe)
             return cls(layers=layers, config=config, **values)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ConfigError) as error:
             raise ReportError(f"the report is incomplete or damaged: {error}") from error
 
     def attach(self, model: nn.Module) -> None:
@@ -220,17 +224,20 @@ class Report:
         return captured.get()
 
 
-def _as_converted(config: QuantConfig, layers: Sequence[LayerReport]) -> QuantConfig:
-    """The settings of an older report, whose `best` knew no full range, as what they meant then."""
+def _older_recipe(config: QuantConfig, layers: Sequence[LayerReport]) -> dict[str, Any]:
+    """What a report from before `recipe` meant: before full ranges `best` gave int4 and int3, as its rows show."""
     keys = (key for row in layers for key in (row.format, row.activation_format))
     names = {key.split(":")[0] for key in keys if key is not None and key.endswith(":bf16")}
-    if (
-        not config.recipe.full_range
-        or names.isdisjoint(FULL_RANGE)
-        or names & {*FULL_RANGE.values()}
-    ):
-        return config
-    return replace(config, parts={**(config.parts or {}), "full_range": False})
+    recipe = parts_on(config.recipe)
+    if not names.isdisjoint(FULL_RANGE) and names.isdisjoint(FULL_RANGE.values()):
+        recipe.pop("full_range", None)
+    return recipe
+
+
+def _as_converted(config: QuantConfig, recipe: Mapping[str, Any]) -> QuantConfig:
+    """The settings with those parts of the method that were on in the conversion, and no others."""
+    changed = parts_between(config.recipe, recipe)
+    return replace(config, parts={**(config.parts or {}), **changed}) if changed else config
 
 
 def _layer_table(layers: Sequence[LayerReport]) -> FittingTable:

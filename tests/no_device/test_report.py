@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -60,11 +61,26 @@ def test_an_older_report_says_what_its_settings_meant(fmt):
     """Before full ranges `best` gave int4, and its settings look like those of now."""
     config = QuantConfig(fmt.replace("int4f", "int4"), method="best")
     row = LayerReport("a", 64, 64, format=fmt, activation_format=fmt)
-    loaded = Report.from_dict(Report((row,), config).to_dict())
+    plain = Report((row,), config).to_dict()
+    del plain["recipe"]
+    loaded = Report.from_dict(plain)
     assert loaded.layers == (row,)
     old = fmt == "int4:64:bf16"
     assert loaded.config.recipe.full_range != old and loaded.config.weight.key == fmt
     assert (loaded.config == config) != old
+
+
+def test_a_report_names_the_parts_of_its_method():
+    """So that a method which does more in a later release, or less, is what it was when it converted."""
+    config = QuantConfig("int4", method="best", parts={"clip": False})
+    row = LayerReport("a", 64, 64, format="int4:64:bf16")  # a rule's; says nothing of full ranges
+    plain = Report((row,), config).to_dict()
+    assert Report.from_dict(plain).config == config
+    assert "clip" not in plain["recipe"] and plain["recipe"].pop("full_range") is True
+    plain["recipe"]["low_rank"] = 8
+    then = Report.from_dict(plain).config
+    assert then.parts == {"clip": False, "full_range": False, "low_rank": 8}
+    assert replace(then.recipe, full_range=True, low_rank=0) == config.recipe
 
 
 def test_damaged_reports_are_refused():
@@ -72,6 +88,9 @@ def test_damaged_reports_are_refused():
     for change, says in (
         ({"report_version": 99}, "99.*reads 1"),
         ({"layers": [{"fqn": "a"}]}, "in_features"),
+        ({"recipe": ["sort"]}, "expected a table"),
+        ({"recipe": {"colour": True}}, "unknown part 'colour'"),
+        ({"recipe": {"clip": 3}}, "expected True or False"),
         ({"layers": [plain["layers"][0] | {"colour": 1}]}, "colour"),
     ):
         with pytest.raises(ReportError, match=says):
