@@ -7,7 +7,7 @@ FLUX.1-dev by default (19 + 38 blocks, 11.9 B parameters, 1024 x 1024 pixels, 51
 with planted outlier channels. A size is pixels[xBATCH]. A variant is NAME[+whole][+graphs][@SIZE]:
 
     eager            bf16 as it is                       bf16            compiled block by block
-    torchao-fp8      dynamic activations, row scales     PRESET          pq_fx, e.g. w4a4-int4, w4a8-int4
+    torchao-fp8      dynamic activations, row scales     PRESET, FORMAT  pq_fx, e.g. w4a4-int4, w4a8-int4; int4f
 
 +whole compiles the model as one graph, +graphs compiles with mode="reduce-overhead"; @SIZE takes that size instead of
 `--sizes`. All variants see the same inputs in the same process; neighbours of the same NAME share the model. CUDA
@@ -34,6 +34,7 @@ from timing import made_with
 from torch import nn
 
 import pq_fx
+from pq_fx.presets import changes_of_name
 
 GIB = 2**30
 DEFAULT = (
@@ -78,7 +79,8 @@ class Bench:
     @torch.no_grad()
     def quantize(self, preset: str) -> None:
         """Convert with cheap settings: the search changes accuracy, not speed. One calibration serves all formats."""
-        config = pq_fx.QuantConfig.preset(preset, method=self.args.method, alphas=(0.5,))
+        settings = {"method": self.args.method, "alphas": (0.5,)}
+        config = pq_fx.QuantConfig.from_dict(changes_of_name(preset) | settings)
         if self.calibration is None:
             start = time.perf_counter()
             quantizer = pq_fx.prepare(self.model, config)
