@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +39,22 @@ from pq_fx.passes.turned import exact_matmul
 
 # Columns whose errors are collected before they are spread over the rest of the matrix.
 _BLOCK = 128
-# Elements that are tried at once in a search of scales: enough for a GPU, 16 MiB in fp32.
-_SEARCHED = 1 << 22
+# Elements that are tried at once in a search of scales: enough for a GPU, 4 MiB in fp32, of which there are three.
+_SEARCHED = 1 << 20
+
+
+class Columns(Protocol):
+    """A weight [N, K] of which a GPU holds the columns of a block at a time, made when they are rounded."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Columns `index` (int64 [b]), float [N, b]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -86,10 +101,9 @@ def second_moment(
             f"{count} rows to round weights by, some not finite; calibrate again"
         )
     size = x.square().sum(dim=0)
-    # Relative to the mean: the unit of H cancels.
-    x = x * size.mean().clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
     order = _order(size, group or channels, by_size)
-    x = x[:, order]
+    # Relative to the mean: the unit of H cancels.
+    x = x[:, order].mul_(size.mean().clamp(min=torch.finfo(torch.float32).tiny).rsqrt())
     with exact_matmul():
         if count > channels:
             x = torch.linalg.qr(x.double(), mode="r").R.float()
@@ -108,6 +122,11 @@ def second_moment(
     if not bool(torch.isfinite(cost).all()):
         raise CalibrationError("the second moment of the rows is not positive; calibrate again")
     return SecondMoment(order, x.contiguous(), within[::-1], beyond[::-1], cost, group or channels)
+
+
+def holds_groups(group: int) -> bool:
+    """Whether a block of columns holds whole groups (group 0 is a row)."""
+    return 0 < group <= _BLOCK
 
 
 def _columns(group: int) -> int:
@@ -141,7 +160,7 @@ def _order(size: Tensor, group: int, by_size: bool) -> Tensor:
 
 
 def gptq(
-    weight: Tensor,
+    weight: Tensor | Columns,
     moment: SecondMoment,
     fmt: Format,
     *,
@@ -151,7 +170,7 @@ def gptq(
 ) -> Quantized:
     """Round `weight` float [N, K] (in the order and rotation of the rows) to `fmt`.
 
-    `global_scale` as in `quantize`; None for nvfp4 takes the weight's own. `scale_search`: ratios
+    `global_scale` as in `quantize`; None for nvfp4 takes the weight's own, which has to be a tensor then. `scale_search`: ratios
     of the largest magnitude that are tried for each group's scale; the least error, weighted by
     what each channel's error costs, wins. `columns` does what `round_columns` does, which is for a CPU.
     Returns what `quantize` returns, fp32 arithmetic.
@@ -169,6 +188,7 @@ def gptq(
             f"{moment.order.numel()} in groups of {moment.group}"
         )
     if fmt.two_level and global_scale is None:
+        assert isinstance(weight, Tensor)
         global_scale = nvfp4_global_scale(weight.abs().amax())
     with exact_matmul():
         codes, scale = _round(
@@ -179,7 +199,7 @@ def gptq(
 
 
 def _round(
-    weight: Tensor,
+    weight: Tensor | Columns,
     moment: SecondMoment,
     fmt: Format,
     global_scale: Tensor | None,
@@ -191,15 +211,17 @@ def _round(
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     scales: list[Tensor] = []
     ratios = torch.tensor(scale_search or (1.0,), device=weight.device)
-    spread = torch.zeros(len(weight), len(moment.rows), device=weight.device)
+    spread = torch.zeros(weight.shape[0], len(moment.rows), device=weight.device)
 
     def current(start: int, end: int) -> Tensor:
         """Columns [end - start, N] as earlier errors leave them."""
-        columns = weight[:, moment.order[start:end]].float().T.contiguous()
+        index = moment.order[start:end]
+        found = weight[:, index] if isinstance(weight, Tensor) else weight.columns(index)
+        columns = found.float().T.contiguous()
         return columns.addmm_(moment.rows[:, start:end].T, spread.T, alpha=-1)
 
     start = 0
-    factor = spread.new_ones(len(weight))
+    factor = spread.new_ones(weight.shape[0])
     for within, beyond in zip(moment.within, moment.beyond, strict=True):
         end = start + len(within)
         block = current(start, end)
@@ -266,7 +288,7 @@ def _scale(
     for some in part.split(max(1, _SEARCHED // (len(ratios) * part.shape[1]))):
         many = some.expand(len(ratios), *some.shape)
         value, scale = nearest(many, fmt, global_scale=global_scale, clip=clip)
-        error = (value - some).square() @ cost
+        error = value.sub_(some).square_() @ cost
         best = error.min(dim=0).indices  # [n]; of equals any
         rows = torch.arange(len(some), device=part.device)
         found.append(scale.view(scale.shape[:2])[best, rows].unsqueeze(1))

@@ -226,20 +226,19 @@ def _pack_region(
     for point in view.points:
         # Statistics may have been gathered on another device than the model is on now.
         device = edits.tensors[point.linears[0]].device
-        rows = moments[point.name].sample().to(device, torch.float32)
-        own, inverse, center = smoothed.get(point.name), None, None
+        own, inverse, center, balance, order = smoothed.get(point.name), None, None, None, None
         if own is not None and own.folded:
-            rows, center = rows.sub_(own.center).div_(own.scale), own.center / own.scale
+            balance, center = torch.stack([own.center, own.scale]), own.center / own.scale
         elif own is not None:
             inverse = 1.0 / own.scale
         if choice.fold is not None:
             order = torch.from_numpy(axis_index(view.columns[point.name], choice.fold)).to(device)
-            for some in rows.split(128):
-                some.copy_(some[:, order])
             inverse = None if inverse is None else inverse[order]
             center = None if center is None else center[order]
         how = None if own is None else "folded" if own.folded else "multiply"
-        pack_point(view, point, choice, layers, Sample(rows, center, inverse, how), edits, draft)
+        stored = moments[point.name].sample()
+        sample = Sample(stored, device, balance, order, center, inverse, how)
+        pack_point(view, point, choice, layers, sample, edits, draft)
         if device.type != "cpu":
             for name in point.linears:
                 # Beside the float model only one layer's packed weight is on the device at a time.

@@ -67,18 +67,25 @@ class AxisEdit:
 def _made_rows(tensor: Tensor, axes: list[AxisEdit], part: slice) -> Tensor:
     """Rows `part` of the edited tensor."""
     first, *others = axes
-    order = None if first.order is None else first.order[part].to(tensor.device)
-
-    def taken(value: Tensor | None) -> Tensor | None:
-        if value is None or order is None:
-            return None if value is None else value[part]
-        return value.to(tensor.device).index_select(0, order)
-
-    value = tensor[part] if order is None else tensor.index_select(0, order)
-    value = AxisEdit(taken(first.factor), None, taken(first.offset)).apply(value, 0)
+    rows, edit = _taken(first, part, tensor.device)
+    value = edit.apply(tensor[rows], 0)
     for axis, edit in enumerate(others, 1):
         value = edit.apply(value, axis)
     return value
+
+
+def _taken(
+    edit: AxisEdit, part: slice | Tensor, device: torch.device
+) -> tuple[slice | Tensor, AxisEdit]:
+    """Where positions `part` (a slice, or integers [n] on `device`) of the edited axis are, and the edit of these."""
+    where = part
+    if edit.order is not None:
+        where = edit.order.to(device)[part]
+
+    def of(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(device)[where]
+
+    return where, AxisEdit(of(edit.factor), None, of(edit.offset))
 
 
 def _along(factor: Tensor, value: Tensor, axis: int) -> Tensor:
@@ -204,6 +211,16 @@ class EditedRows:
         if not any(edit.changes for edit in self._axes):
             return self._tensor[part]
         return _made_rows(self._tensor, self._axes, part)
+
+    def columns(self, part: slice, index: Tensor) -> Tensor:
+        """Columns `index` (int64 [b]) of rows `part`: [n, b]."""
+        rows, first = _taken(self._axes[0], part, self.device)
+        columns, second = _taken(self._axes[1], index, self.device)
+        if isinstance(rows, slice):
+            value = self._tensor[rows][:, columns]
+        else:
+            value = self._tensor[rows[:, None], columns]
+        return second.apply(first.apply(value, 0), 1)
 
 
 class Scaled(Mapping[str, Tensor]):

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pq_fx.edits import Edits
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.pack import pack
 from pq_fx.kernels.reference import nvfp4_global_scale, permute_rotate
 from pq_fx.modules import ActivationQuantizer, QuantLinear
 from pq_fx.passes.choose import PointChoice, RegionChoice
@@ -18,6 +17,10 @@ from pq_fx.passes.regions import Point, Region
 from pq_fx.report import LayerReport
 from pq_fx.rounded import Packed, Rows, rounded, together
 from pq_fx.scope import Layer
+
+
+# Sampled rows that are turned at once.
+_ROWS = 128
 
 
 @dataclass
@@ -30,16 +33,31 @@ class Draft:
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows fp32 [R, K] of a point as the edited model computes them.
+    """Rows [R, K] of a point: `stored` as calibration kept them, and how the edited model computes them.
 
-    `center` fp32 [K] was taken off them; what it gave is in the biases. `smooth` fp32 [K] multiplies them at run time
-    (the inverse is in the weights already); None: nothing does. `smoothing` is for the report.
+    `balance` fp32 [2, K], a center that is taken off and a scale that they are divided by, and `order` int64 [K], a
+    fold, are what their producer does; None: nothing. `center` fp32 [K] is what was taken off, in the rows' new order
+    and scale; what it gave is in the biases. `smooth` fp32 [K] multiplies them at run time (the inverse is in the
+    weights already). `smoothing` is for the report.
     """
 
-    rows: Tensor
+    stored: Tensor
+    device: torch.device
+    balance: Tensor | None = None
+    order: Tensor | None = None
     center: Tensor | None = None
     smooth: Tensor | None = None
     smoothing: str | None = None
+
+    def rows(self, part: slice) -> Tensor:
+        """Some of them as the linears are given them, fp32 [n, K] on the device."""
+        rows = self.stored[part].to(self.device, torch.float32, copy=True)
+        if self.balance is not None:
+            rows.sub_(self.balance[0]).div_(self.balance[1])
+        if self.order is not None:
+            for some in rows.split(128):
+                some.copy_(some[:, self.order])
+        return rows if self.smooth is None else rows.mul_(self.smooth)
 
 
 def pack_point(
@@ -55,9 +73,8 @@ def pack_point(
     own = choice.points.get(point.name, PointChoice(None, 0))
     first = layers[point.linears[0]]
     smooth = sample.smooth
-    seen = sample.rows if smooth is None else sample.rows * smooth
-    quantizer = _input_quantizer(point, own, first.activation_format, seen, smooth)
-    rows = Rows(seen, sample.center, own, quantizer)
+    quantizer = _input_quantizer(point, own, first.activation_format, sample)
+    rows = Rows(sample.rows, sample.center, own, quantizer, sample.device)
     for names in together([layers[name] for name in point.linears], point.linears):
         weights = [edits.rows(name) for name in names]
         packed = rounded([layers[name] for name in names], weights, rows)
@@ -91,17 +108,24 @@ def pack_point(
 
 
 def _input_quantizer(
-    point: Point, own: PointChoice, fmt: Format | None, rows: Tensor, smooth: Tensor | None
+    point: Point, own: PointChoice, fmt: Format | None, sample: Sample
 ) -> ActivationQuantizer | None:
     if fmt is None:
         return None
-    perm = None if own.perm is None else torch.from_numpy(own.perm).to(rows.device, torch.int32)
+    device = sample.device
+    perm = None if own.perm is None else torch.from_numpy(own.perm).to(device, torch.int32)
     scale = None
     if fmt.two_level:
-        parts = [permute_rotate(part, perm, own.rotation).abs().amax() for part in rows.split(256)]
-        scale = nvfp4_global_scale(torch.stack(parts).amax() * GLOBAL_SCALE_ROOM)
-    clip = None if own.clip == 1.0 else torch.tensor(own.clip, device=rows.device)
-    return ActivationQuantizer(point.channels, fmt.key, own.rotation, perm, scale, clip, smooth)
+        starts = range(0, len(sample.stored), _ROWS)
+        largest = [
+            permute_rotate(sample.rows(slice(i, i + _ROWS)), perm, own.rotation).abs().amax()
+            for i in starts
+        ]
+        scale = nvfp4_global_scale(torch.stack(largest).amax() * GLOBAL_SCALE_ROOM)
+    clip = None if own.clip == 1.0 else torch.tensor(own.clip, device=device)
+    return ActivationQuantizer(
+        point.channels, fmt.key, own.rotation, perm, scale, clip, sample.smooth
+    )
 
 
 def clips(fmt: Format | None) -> tuple[float, ...]:
@@ -127,7 +151,7 @@ def _module(
     quantizer: ActivationQuantizer | None,
     smooth: Tensor | None,
 ) -> QuantLinear:
-    q, dtype = packed.q, layer.module.weight.dtype
+    dtype = layer.module.weight.dtype
     up = down = None
     if packed.branch is not None:
         up, down = packed.branch
@@ -138,9 +162,9 @@ def _module(
         layer.fact.in_features,
         layer.fact.out_features,
         layer.weight_format.key,
-        pack(q.codes, layer.weight_format),
-        q.scale.contiguous(),
-        q.global_scale,
+        packed.bytes,
+        packed.scale.contiguous(),
+        packed.global_scale,
         bias,
         quantizer,
         up,

@@ -1,6 +1,7 @@
 """Rounding a point's weights by its sampled rows, and what is lost by it.
 
-On a GPU a weight's fp32 copies exist for some of its rows at a time: rows are rounded independently of each other.
+Rows of a weight are rounded independently of each other, and columns one block after the other, so a GPU holds fp32
+copies of a small part of a weight at a time; what is rounded is packed at once.
 """
 
 from __future__ import annotations
@@ -26,96 +27,117 @@ from pq_fx.kernels.reference import (
     permute_rotate,
     quantize,
 )
+from pq_fx.kernels.pack import pack, unpack
 from pq_fx.modules import ActivationQuantizer
 from pq_fx.passes.choose import PointChoice
-from pq_fx.passes.rounding import SecondMoment, gptq, second_moment
+from pq_fx.passes.rounding import SecondMoment, gptq, holds_groups, second_moment
 from pq_fx.passes.turned import exact_matmul
 from pq_fx.scope import Layer
 
+# Keys of rows are random: every other one is a random half.
+_FITTED, _HELD_OUT = slice(0, None, 2), slice(1, None, 2)
 log = logging.getLogger("pq_fx")
 
-# Elements that are rounded at once, and that are turned or multiplied at once, in fp32.
-_ROUNDED = {"cpu": 1 << 25, "cuda": 1 << 23}
-_TURNED = 1 << 22
+# What rounding at once may hold, in bytes of code points and running errors, and the elements that are turned or
+# multiplied at once, in fp32.
+_ROUNDED = {"cpu": 1 << 25, "cuda": 3 << 23}
+_TURNED = {"cpu": 1 << 22, "cuda": 1 << 21}
+Weight = Tensor | EditedRows
 
 
 @dataclass
 class Packed:
-    """A rounded weight [N, K], and the 16-bit branch beside it: up [N, r], down [r, K], or None."""
+    """A rounded weight [N, K] and the 16-bit branch beside it.
 
-    q: Quantized
+    `bytes` uint8 [N, K * bits / 8]; scale [N, K / group]; branch: up [N, r], down [r, K], or None.
+    """
+
+    bytes: Tensor
+    scale: Tensor
+    global_scale: Tensor | None
     branch: tuple[Tensor, Tensor] | None
 
 
 class Rows:
     """A point's sampled rows as its linears will see them: half to fit on, half to measure with.
 
-    `plain` fp32 [R, K] as the edited model computes them; `center` fp32 [K] was taken off; `own` and `quantizer` are
-    what was chosen for the point.
+    `plain` gives some of them, fp32 [n, K], as the edited model computes them: a wide point's are as large as its
+    weight, so they are made from the stored ones when they are needed. `center` fp32 [K] was taken off; `own` and
+    `quantizer` are what was chosen for the point.
     """
 
     def __init__(
         self,
-        plain: Tensor,
+        plain: Callable[[slice], Tensor],
         center: Tensor | None,
         own: PointChoice,
         quantizer: ActivationQuantizer | None,
+        device: torch.device,
     ) -> None:
-        self.perm = None if own.perm is None else torch.from_numpy(own.perm).to(plain.device)
+        self.perm = None if own.perm is None else torch.from_numpy(own.perm).to(device)
         self.rotation = own.rotation
         self.plain = plain
         self.center = center
+        self.quantizer = quantizer
+        self._moments: dict[int, SecondMoment] = {}
+
+    def seen(self, plain: Tensor) -> Tensor:
+        """Rows fp32 [n, K] after order, rotation and quantization."""
+        quantizer = self.quantizer
         fmt = None if quantizer is None else Format.parse(quantizer.format)
-        self.seen = torch.empty(plain.shape, device=plain.device)
-        for part in _parts(plain, _TURNED):
+        seen = torch.empty(plain.shape, device=plain.device)
+        for part in _parts(plain, _turned_at_once(plain)):
             x = permute_rotate(plain[part], self.perm, self.rotation)
             if quantizer is not None and fmt is not None:
                 clip, whole = quantizer.clip, quantizer.global_scale
                 x = fake_quantize(x, fmt, global_scale=whole, clip=clip)
-            self.seen[part] = x
-        self._moments: dict[int, SecondMoment] = {}
+            seen[part] = x
+        return seen
 
     def turned(self, weight: Tensor) -> Tensor:
         """The weight [N, K] in the order and rotation of the rows, fp32."""
         made = torch.empty(weight.shape, device=weight.device)
-        for part in _parts(weight, _TURNED):
+        for part in _parts(weight, _turned_at_once(weight)):
             made[part] = permute_rotate(weight[part].float(), self.perm, self.rotation)
         return made
 
-    def largest(self, weight: Tensor | EditedRows) -> Tensor:
+    def largest(self, weight: Weight) -> Tensor:
         """The largest magnitude of the turned weight, fp32 []."""
-        parts = _parts(weight, _TURNED)
+        parts = _parts(weight, _turned_at_once(weight))
         return torch.stack([self.turned(weight[part]).abs().amax() for part in parts]).amax()
 
     def moment(self, group: int) -> SecondMoment:
         """What rounding needs to know; made once for all linears of the point."""
         if group not in self._moments:
-            self._moments[group] = second_moment(self.seen[0::2], group=group)
+            self._moments[group] = second_moment(self.seen(self.plain(_FITTED)), group=group)
         return self._moments[group]
 
-    def error(self, weight: Tensor | EditedRows, packed: Packed, fmt: Format) -> float:
+    def error(self, weight: Weight, packed: Packed, fmt: Format) -> float:
         """Relative squared output error on the half that nothing was fitted on."""
-        sums = torch.zeros(2, device=self.plain.device)
-        for wanted, error, own in self._differences(weight, packed, fmt, slice(1, None, 2)):
+        sums = None
+        for wanted, error, own in self._differences(weight, packed, fmt, _HELD_OUT):
             if self.center is not None:
                 wanted = wanted + self.center @ own.T
-            sums += torch.stack([error.square().sum(), wanted.square().sum()])
-        lost, whole = sums.tolist()
+            found = torch.stack([error.square().sum(), wanted.square().sum()])
+            sums = found if sums is None else sums + found
+        lost, whole = (0.0, 0.0) if sums is None else sums.tolist()
         return lost / whole if whole > 0 else 0.0
 
-    def mean_error(self, weight: Tensor | EditedRows, packed: Packed, fmt: Format) -> Tensor:
+    def mean_error(self, weight: Weight, packed: Packed, fmt: Format) -> Tensor:
         """What a bias must add to make the mean output right, fp32 [N], fitted on the first half."""
-        found = self._differences(weight, packed, fmt, slice(0, None, 2))
+        found = self._differences(weight, packed, fmt, _FITTED)
         return -torch.cat([error.mean(dim=0) for _, error, _ in found])
 
     def _differences(
-        self, weight: Tensor | EditedRows, packed: Packed, fmt: Format, part: slice
+        self, weight: Weight, packed: Packed, fmt: Format, part: slice
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Wanted outputs and their errors, fp32 [rows, n], and the weight fp32 [n, K], some n at a time."""
-        plain, seen = self.plain[part], self.seen[part]
-        for some in _parts(weight, _TURNED):
+        plain = self.plain(part)
+        seen = self.seen(plain)
+        for some in _parts(weight, _turned_at_once(weight)):
             own = weight[some].float()
-            q = packed.q._replace(codes=packed.q.codes[some], scale=packed.q.scale[some])
+            codes = unpack(packed.bytes[some], fmt, weight.shape[1])
+            q = Quantized(codes, packed.scale[some], packed.global_scale)
             with exact_matmul():
                 wanted = plain @ own.T
                 got = seen @ dequantize(q, fmt).T
@@ -123,6 +145,27 @@ class Rows:
                     up, down = packed.branch
                     got += (plain @ down.T) @ up[some].T
             yield wanted, got - wanted, own
+
+
+class _Turned:
+    """Rows `part` of weights [N, K], one below the other, in the order and rotation of `rows`, columns at a time."""
+
+    def __init__(self, weights: Sequence[Weight], part: slice, rows: Rows) -> None:
+        self._weights, self._part, self._rows = weights, part, rows
+        count = sum(len(range(*part.indices(len(w)))) for w in weights)
+        self.shape = torch.Size((count, weights[0].shape[1]))
+        self.device = weights[0].device
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Columns `index` (int64 [b]: whole blocks of the rotation, in any order), fp32 [N, b]."""
+        index, places = index.sort()
+        read = index if self._rows.perm is None else self._rows.perm[index]
+        found = torch.cat([_columns_of(w, self._part, read).float() for w in self._weights])
+        return permute_rotate(found, None, self._rows.rotation)[:, places.argsort()]
+
+
+def _columns_of(weight: Weight, part: slice, index: Tensor) -> Tensor:
+    return weight[part][:, index] if isinstance(weight, Tensor) else weight.columns(part, index)
 
 
 def ratios(fmt: Format) -> tuple[float, ...]:
@@ -141,7 +184,7 @@ def together(layers: Sequence[Layer], names: Sequence[str]) -> list[list[str]]:
     lists: list[list[str]] = []
     before, size = None, 0
     for layer, name in zip(layers, names, strict=True):
-        recipe, own = layer.config.recipe, layer.fact.in_features * layer.fact.out_features
+        recipe, own = layer.config.recipe, layer.fact.out_features
         way = (layer.weight_format.key, recipe)
         joins = recipe.compensate and not recipe.low_rank and not layer.weight_format.two_level
         if joins and way == before and size + own <= _rounded_at_once(layer.module.weight):
@@ -157,36 +200,47 @@ def together(layers: Sequence[Layer], names: Sequence[str]) -> list[list[str]]:
 def rounded(layers: Sequence[Layer], weights: Sequence[EditedRows], rows: Rows) -> list[Packed]:
     """Round the weights [N, K] of one list of `together`."""
     first = layers[0]
-    if len(layers) == 1:
-        return [_rounded(first, weights[0], rows)]
-    q = _rounded(first, torch.cat([w[:] for w in weights]), rows).q
-    parts = [t.split([len(w) for w in weights]) for t in (q.codes, q.scale)]
-    return [
-        Packed(Quantized(codes, scale, None), None) for codes, scale in zip(*parts, strict=True)
-    ]
+    fmt, recipe = first.weight_format, first.config.recipe
+    if len(layers) == 1 and recipe.low_rank and not first.one_row:
+        whole = weights[0][:].float()
+        branch = _low_rank(whole, recipe.low_rank)
+        return [_rounded(first, [whole - branch[0] @ branch[1]], rows, branch)]
+    packed = _rounded(first, weights, rows)
+    parts = [t.split([len(w) for w in weights]) for t in (packed.bytes, packed.scale)]
+    return [Packed(*part, packed.global_scale, None) for part in zip(*parts, strict=True)]
 
 
-def _rounded(layer: Layer, weight: Tensor | EditedRows, rows: Rows) -> Packed:
-    fmt, recipe = layer.weight_format, layer.config.recipe
-    branch = None
-    if recipe.low_rank and not layer.one_row:
-        weight = weight[:].float()
-        branch = _low_rank(weight, recipe.low_rank)
-        weight = weight - branch[0] @ branch[1]
-    scale = nvfp4_global_scale(rows.largest(weight)) if fmt.two_level else None
+def _rounded(
+    layer: Layer,
+    weights: Sequence[Weight],
+    rows: Rows,
+    branch: tuple[Tensor, Tensor] | None = None,
+) -> Packed:
+    """Several weights are few enough rows for one part."""
+    fmt, recipe, weight = layer.weight_format, layer.config.recipe, weights[0]
+    count, channels = sum(len(w) for w in weights), weight.shape[1]
+    whole = nvfp4_global_scale(rows.largest(weight)) if fmt.two_level else None
     tried = ratios(fmt) if recipe.search else ()
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    made = torch.empty(
+        count, fmt.packed_bytes(channels), dtype=torch.uint8, device=weight.device
+    )
+    step = _rounded_at_once(weight) if recipe.compensate else _turned_at_once(weight) // channels
     scales = []
-    for part in _parts(weight, _rounded_at_once(weight) if recipe.compensate else _TURNED):
-        turned = rows.turned(weight[part])
+    for start in range(0, count, max(1, step)):
+        part = slice(start, start + max(1, step))
         if recipe.compensate:
             moment, columns = rows.moment(fmt.group_size), _columns(weight.device.type)
-            q = gptq(turned, moment, fmt, global_scale=scale, scale_search=tried, columns=columns)
+            turned: Tensor | _Turned = _Turned(weights, part, rows)
+            if not holds_groups(fmt.group_size):
+                turned = rows.turned(torch.cat([w[part] for w in weights]))
+            q = gptq(turned, moment, fmt, global_scale=whole, scale_search=tried, columns=columns)
         else:
-            q = quantize(turned, fmt, global_scale=scale, scale_search=tried)
-        codes[part] = q.codes
+            q = quantize(rows.turned(weight[part]), fmt, global_scale=whole, scale_search=tried)
+        for some in _parts(q.codes, _turned_at_once(weight)):
+            made[part][some] = pack(q.codes[some], fmt)
         scales.append(q.scale)
-    return Packed(Quantized(codes, torch.cat(scales), scale), branch)
+        del q
+    return Packed(made, torch.cat(scales), whole, branch)
 
 
 @cache
@@ -202,11 +256,17 @@ def _columns(kind: str) -> Callable[..., None] | None:
     return round_columns
 
 
-def _rounded_at_once(weight: Tensor | EditedRows) -> int:
-    return _ROUNDED["cuda" if weight.device.type == "cuda" else "cpu"]
+def _rounded_at_once(weight: Weight) -> int:
+    """Rows of a weight [N, K]: each has K code points, and a running error for each of some 512 sampled rows."""
+    limit = _ROUNDED["cuda" if weight.device.type == "cuda" else "cpu"]
+    return max(1, limit // (weight.shape[1] + 2048))
 
 
-def _parts(weight: Tensor | EditedRows, elements: int) -> Iterator[slice]:
+def _turned_at_once(matrix: Weight) -> int:
+    return _TURNED["cuda" if matrix.device.type == "cuda" else "cpu"]
+
+
+def _parts(weight: Weight, elements: int) -> Iterator[slice]:
     """Rows of a matrix, so many elements at a time."""
     step = max(1, elements // weight.shape[1])
     for start in range(0, len(weight), step):
