@@ -23,10 +23,11 @@ from torch import Tensor
 
 from pq_fx.passes.candidates import rotation_size
 from pq_fx.passes.choice import OwnSettings, settings_of
-from pq_fx.passes.evaluate import Errors, PointErrors, least
+from pq_fx.passes.evaluate import Errors, PointErrors, Slot, least
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Point
 from pq_fx.passes.sampled import Measured, check, halves, measured
+from pq_fx.passes.turned import Matrix, column_norms
 
 EXPONENTS = (0.5, 1.0)
 # Channels smaller than this part of the largest count as this large: no factor beyond its square root.
@@ -44,7 +45,7 @@ class Balance(NamedTuple):
 def balance(
     point: Point,
     moments: Mapping[str, Moments],
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Matrix],
     settings: OwnSettings,
     *,
     scale: bool,
@@ -65,21 +66,19 @@ def balance(
     device = weights[point.linears[0]].device
     rows, fitted = measured(fit, held, own, device)
     fit = fit.to(device, torch.float32)
-    squares = sum(
-        torch.linalg.vector_norm(weights[n], dim=0, dtype=torch.float32).square()
-        for n in point.linears
-    )
+    squares = sum(column_norms(weights[n]).square() for n in point.linears)
     assert isinstance(squares, Tensor)
     energy = (squares / sum(len(weights[n]) for n in point.linears)).sqrt()
     groups = (own.activation.group_size, own.weight.group_size)
     rotations = (0, rotation_size(point.channels, groups)) if own.rotate else (0,)
     zero = torch.zeros_like(energy)
+    slot = Slot()  # one for all candidates: outputs of the wide linears are large
 
     def errors(s: Tensor, m: Tensor) -> Errors:
         # Candidates of order and clip ratio come later: what is compared here is cheap.
         sample = Measured((rows - m) / s, fitted)
         measure = PointErrors(
-            lambda: sample, point.linears, weights, settings, scale=s, center=m / s
+            lambda: sample, point.linears, weights, settings, scale=s, center=m / s, slot=slot
         )
         return min((measure(None, r) for r in rotations), key=lambda e: sum(e.fit.values()))
 

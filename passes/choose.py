@@ -47,6 +47,7 @@ from pq_fx.passes.options import (
 from pq_fx.passes.refine import homes, refine
 from pq_fx.passes.regions import Point, Region
 from pq_fx.passes.sampled import Measured, check, halves, measured, second_moments
+from pq_fx.passes.turned import Matrix
 
 __all__ = ["LinearError", "PointChoice", "RegionChoice", "Settings", "choose"]
 
@@ -62,15 +63,16 @@ class _Plan(NamedTuple):
 def choose(
     region: Region,
     moments: Mapping[str, Moments],
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Matrix],
     settings: OwnSettings,
 ) -> RegionChoice:
     """Choose fold, gathers and rotations of one region.
 
     `moments` are by point name; `weights` (float [N, K], by weight name) are the model's own, whose
-    device does the work. `settings` may differ by linear in formats; what concerns the region as a
-    whole (alphas, tau, ...) is the first linear's. Deterministic. Raises CalibrationError when a
-    point saw no rows, or some that were not finite, or when a weight is not finite.
+    device does the work; they may make some rows at a time. `settings` may differ by linear in
+    formats; what concerns the region as a whole (alphas, tau, ...) is the first linear's.
+    Deterministic. Raises CalibrationError when a point saw no rows, or some that were not finite,
+    or when a weight is not finite.
     """
     every = {n: settings_of(settings, n) for p in region.points for n in p.linears}
     first = every[region.points[0].linears[0]]
@@ -190,7 +192,7 @@ def _refined(
         )
         tried = [own]
         for free in (False, True) if alone and region.foldable and not own.gather else (True,):
-            rows = fitting(point)[: settings.fit_rows]
+            rows = fitting(point)[: settings.fit_rows].float()
             order = refine(
                 rows,
                 torch.from_numpy(seconds[point.name][1]).to(rows),

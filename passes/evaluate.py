@@ -21,7 +21,15 @@ from torch import Tensor
 from pq_fx.kernels.reference import fake_quantize
 from pq_fx.passes.choice import OwnSettings, settings_of
 from pq_fx.passes.sampled import Measured
-from pq_fx.passes.turned import chunks, elements, exact_matmul, turned, whole_scale
+from pq_fx.passes.turned import (
+    Matrix,
+    chunks,
+    elements,
+    exact_matmul,
+    slices,
+    turned,
+    whole_scale,
+)
 
 # A later activation may be larger than any sampled one; nvfp4's tensor scale leaves this much room.
 GLOBAL_SCALE_ROOM = 2.0
@@ -49,12 +57,13 @@ class Errors(NamedTuple):
 
 @dataclass
 class Loaded:
-    """What measuring a point needs: its rows, and by weight name the outputs fp32 [n, N] and the squared norms of their
-    two parts, which errors are relative to."""
+    """What measuring a point needs: its rows, and of the part that was measured on last the outputs fp32 [n, N] by
+    weight name. Their squared norms, which errors are relative to, are kept for both parts."""
 
     sample: Measured
+    held: bool = False
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    sizes: dict[str, tuple[float, float]] = field(default_factory=dict)
+    sizes: dict[tuple[str, bool], float] = field(default_factory=dict)
 
 
 class Slot:
@@ -80,7 +89,7 @@ class PointErrors:
         load: gives the rows to measure on.
         names: of the linears' weights.
         weights: name -> float [N, K], as they stand in the model; rows and weights on one device.
-            Asked for a weight when it is needed, so that a mapping may make it then.
+            Asked for a weight when it is needed, and for some of its rows at a time, so that they may be made then.
         settings: formats and the search of the weights' scales; X is in the first linear's
             `activation` format.
         one_row: X stays as it is.
@@ -94,7 +103,7 @@ class PointErrors:
         self,
         load: Callable[[], Measured],
         names: Iterable[str],
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Matrix],
         settings: OwnSettings,
         *,
         one_row: bool = False,
@@ -166,16 +175,19 @@ class PointErrors:
         perm = None if order is None else torch.from_numpy(order).to(rows.device)
         part = slice(fitted, None) if held else slice(fitted)
         lost, sizes = [], []
+        if held != loaded.held:
+            loaded.outputs.clear()
+            loaded.held = held
         with exact_matmul():
             xs = self._seen(rows, part, perm, rotation, clips)
             for name in self.settings:
                 weight = self.weights[name]
                 if name not in loaded.outputs:
-                    loaded.outputs[name] = self._outputs(rows, weight)
-                    loaded.sizes[name] = self._sizes(loaded.outputs[name], fitted, weight)
-                y = loaded.outputs[name][part]
+                    y = loaded.outputs[name] = self._outputs(rows[part].float(), weight)
+                    loaded.sizes[name, held] = self._size(y, weight)
+                y = loaded.outputs[name]
                 lost.append(self._lost(name, weight, xs, y, perm, rotation, weight_part))
-                sizes.append(loaded.sizes[name][held] or 1.0)
+                sizes.append(loaded.sizes[name, held] or 1.0)
         found = torch.stack(lost, dim=1).tolist()
         return [
             {
@@ -196,36 +208,37 @@ class PointErrors:
         """A part of the rows as the linears see them, fp32 [n, K], for each clip ratio."""
         fmt = self.activation
         if fmt is None:
-            return [turned(rows[part], perm, rotation)] * len(clips)
-        whole = (turned(some, perm, rotation) for some in chunks(rows))
+            return [turned(rows[part].float(), perm, rotation)] * len(clips)
+        whole = (turned(some.float(), perm, rotation) for some in chunks(rows))
         scale = whole_scale(whole, fmt, GLOBAL_SCALE_ROOM)
         found: list[list[Tensor]] = [[] for _ in clips]
         for some in chunks(rows[part]):
-            x = turned(some, perm, rotation)
+            x = turned(some.float(), perm, rotation)
             for clip, made in zip(clips, found, strict=True):
                 ratio = None if clip == 1.0 else torch.tensor(clip, device=x.device)
                 made.append(fake_quantize(x, fmt, global_scale=scale, clip=ratio))
         return [torch.cat(made) for made in found]
 
-    def _outputs(self, rows: Tensor, weight: Tensor) -> Tensor:
-        return torch.cat([rows @ self._wide(chunk).T for chunk in chunks(weight)], dim=1)
+    def _outputs(self, rows: Tensor, weight: Matrix) -> Tensor:
+        outputs = rows.new_empty(len(rows), len(weight))
+        for some in slices(weight):
+            outputs[:, some] = rows @ self._wide(weight[some]).T
+        return outputs
 
-    def _sizes(self, outputs: Tensor, fitted: int, weight: Tensor) -> tuple[float, float]:
-        """Squared norms of what outputs are without a center, of both parts."""
-        sums = torch.zeros(2, dtype=torch.float64, device=outputs.device)
-        parts = chunks(weight)
-        for chunk, y in zip(parts, outputs.split([len(c) for c in parts], dim=1), strict=True):
+    def _size(self, outputs: Tensor, weight: Matrix) -> float:
+        """The squared norm of what outputs are without a center."""
+        size = torch.zeros((), dtype=torch.float64, device=outputs.device)
+        for some in slices(weight):
+            y = outputs[:, some]
             if self.center is not None:
-                y = y + self.center @ self._wide(chunk).T
-            squares = y.square().sum(dim=1).double()
-            sums += torch.stack([squares[:fitted].sum(), squares[fitted:].sum()])
-        fit, held = sums.tolist()
-        return fit, held
+                y = y + self.center @ self._wide(weight[some]).T
+            size += y.square().sum(dim=1).double().sum()
+        return size.item()
 
     def _lost(
         self,
         name: str,
-        weight: Tensor,
+        weight: Matrix,
         xs: Sequence[Tensor],
         y: Tensor,
         perm: Tensor | None,
@@ -234,17 +247,17 @@ class PointErrors:
     ) -> Tensor:
         """Squared norms of the errors of outputs y [n, N] for each of `xs`, fp64 [len(xs)]."""
         fmt, search = self.settings[name].weight, self.settings[name].weight_search
-        parts = chunks(weight)
-        scale = whole_scale((turned(self._wide(w), perm, rotation) for w in parts), fmt)
+        parts = slices(weight)
+        scale = whole_scale((turned(self._wide(weight[p]), perm, rotation) for p in parts), fmt)
         lost = torch.zeros(len(xs), dtype=torch.float64, device=y.device)
-        for chunk, wanted in zip(parts, y.split([len(c) for c in parts], dim=1), strict=True):
-            exact = turned(self._wide(chunk), perm, rotation)
+        for some in parts:
+            exact = turned(self._wide(weight[some]), perm, rotation)
             q = fake_quantize(exact, fmt, global_scale=scale, scale_search=search)
             if weight_part != 1.0:
                 q = torch.lerp(exact, q, weight_part)
             for i, x in enumerate(xs):
-                error = torch.addmm(wanted, x, q.T, alpha=-1)
-                lost[i] += error.square().sum(dim=1).double().sum()
+                error = torch.addmm(y[:, some], x, q.T, alpha=-1)
+                lost[i] += error.square_().sum(dim=1).double().sum()
         return lost
 
     def _wide(self, weight: Tensor) -> Tensor:

@@ -46,11 +46,12 @@ def axis_index(channels: np.ndarray, perm: np.ndarray) -> np.ndarray:
 
 
 def fold_tensors(
-    region: Region, perm: np.ndarray, tensors: Mapping[str, torch.Tensor]
+    region: Region, perm: np.ndarray, tensors: Mapping[str, torch.Tensor] | None = None
 ) -> dict[tuple[str, int], torch.Tensor]:
     """For each axis of the region, the index tensor (int64) that reorders it; identities are left out.
 
-    `tensors` maps the region's parameters to tensors (any device); nothing is changed here. Raises GraphError when
+    `tensors` maps the region's parameters to tensors, on whose devices the indices are (None: the CPU); nothing is
+    changed here. Raises GraphError when
     `perm` is not a permutation, or moves a channel out of its block.
     """
     check_permutation(perm, region.blocks.size)
@@ -63,7 +64,7 @@ def fold_tensors(
     for axis in region.axes:
         index = axis_index(axis.channels, perm)
         if not np.array_equal(index, np.arange(index.size)):
-            device = tensors[axis.param].device
+            device = "cpu" if tensors is None else tensors[axis.param].device
             result[axis.param, axis.axis] = torch.from_numpy(index).to(device)
     return result
 

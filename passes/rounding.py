@@ -46,11 +46,8 @@ _SEARCHED = 1 << 20
 class Columns(Protocol):
     """A weight [N, K] of which a GPU holds the columns of a block at a time, made when they are rounded."""
 
-    @property
-    def shape(self) -> torch.Size: ...
-
-    @property
-    def device(self) -> torch.device: ...
+    shape: torch.Size
+    device: torch.device
 
     def columns(self, index: Tensor) -> Tensor:
         """Columns `index` (int64 [b]), float [N, b]."""
@@ -170,9 +167,9 @@ def gptq(
 ) -> Quantized:
     """Round `weight` float [N, K] (in the order and rotation of the rows) to `fmt`.
 
-    `global_scale` as in `quantize`; None for nvfp4 takes the weight's own, which has to be a tensor then. `scale_search`: ratios
-    of the largest magnitude that are tried for each group's scale; the least error, weighted by
-    what each channel's error costs, wins. `columns` does what `round_columns` does, which is for a CPU.
+    `global_scale` as in `quantize`; None for nvfp4 takes the weight's own, which has to be a tensor
+    then. `scale_search`: ratios of the largest magnitude that are tried for each group's scale; the
+    least error, weighted by what each channel's error costs, wins. `columns` does what `round_columns` does, which is for a CPU.
     Returns what `quantize` returns, fp32 arithmetic.
 
     Raises:

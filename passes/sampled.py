@@ -13,10 +13,11 @@ from pq_fx.errors import CalibrationError
 from pq_fx.passes.choice import Settings
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Point
+from pq_fx.passes.turned import Matrix, column_norms, pieces
 
 
 class Measured(NamedTuple):
-    """Sampled rows of a point, fp32 [n, K], the first `fitted` of which are for fitting."""
+    """Sampled rows of a point, float [n, K] as they are stored, the first `fitted` of which are for fitting."""
 
     rows: Tensor
     fitted: int
@@ -29,30 +30,31 @@ def halves(point: Point, moments: Mapping[str, Moments]) -> tuple[Tensor, Tensor
     return rows[0::2], rows[1::2]
 
 
-def check(point: Point, moments: Mapping[str, Moments], weights: Mapping[str, Tensor]) -> None:
+def check(point: Point, moments: Mapping[str, Moments], weights: Mapping[str, Matrix]) -> None:
     """Raise CalibrationError unless the point was seen, and rows and weights are finite."""
     if point.name not in moments:
         raise CalibrationError(f"{point.name}: no statistics; calibrate the model first")
     moments[point.name].check(point.name)
     for name in point.linears:
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(weights[name]))).all()):
+        ends = [torch.stack(torch.aminmax(piece)) for piece in pieces(weights[name])]
+        if not bool(torch.isfinite(torch.stack(ends)).all()):
             raise CalibrationError(f"{name}: the weight holds NaN or infinity; skip it by a rule")
 
 
 def measured(fit: Tensor, held: Tensor, settings: Settings, device: torch.device) -> Measured:
     """The rows of `halves` that errors are measured on, on `device`."""
     fit, held = fit[: settings.fit_rows], held[: settings.held_rows]
-    return Measured(torch.cat([fit, held]).to(device, torch.float32), len(fit))
+    return Measured(torch.cat([fit, held]).to(device), len(fit))
 
 
 def second_moments(
-    point: Point, rows: Tensor, weights: Mapping[str, Tensor]
+    point: Point, rows: Tensor, weights: Mapping[str, Matrix]
 ) -> tuple[np.ndarray, np.ndarray]:
     """E[x_i^2] and mean_n W[n, i]^2 over all rows of all linears, float64 [K]."""
     sums, count = torch.zeros(point.channels, dtype=torch.float64), 0
     for name in point.linears:
         weight = weights[name]
-        norm = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
-        sums, count = sums.to(weight.device) + norm.double().square(), count + len(weight)
-    seen = rows.to(sums.device, torch.float32).square().mean(dim=0).double()
+        norm = column_norms(weight).double()
+        sums, count = sums.to(weight.device) + norm.square(), count + len(weight)
+    seen = rows.to(sums.device, torch.float32, copy=True).square_().mean(dim=0).double()
     return seen.cpu().numpy(), (sums / count).cpu().numpy()

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from pq_fx.passes.choice import OwnSettings, settings_of
-from pq_fx.passes.evaluate import Errors, PointErrors, least
+from pq_fx.passes.evaluate import Errors, PointErrors, Slot, least
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Point
 from pq_fx.passes.sampled import Measured, check, halves, measured
+from pq_fx.passes.turned import Matrix, pieces
 
 ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
 # Channels smaller than this part of the largest count as this large: dead channels get no factor.
@@ -39,7 +40,7 @@ class Smoothing(NamedTuple):
 def smooth_scale(
     point: Point,
     moments: Mapping[str, Moments],
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Matrix],
     settings: OwnSettings,
     alphas: tuple[float, ...] = ALPHAS,
 ) -> Smoothing | None:
@@ -61,12 +62,17 @@ def smooth_scale(
         for name in point.linears
     }
     x = moments[point.name].amax.to(rows)
-    largest = [weights[name].abs().amax(dim=0).float() for name in point.linears]
+    largest = [
+        piece.abs().amax(dim=0).float() for name in point.linears for piece in pieces(weights[name])
+    ]
+    slot = Slot()  # one for all candidates: outputs of the wide linears are large
     w = torch.stack(largest).amax(dim=0)
 
     def errors(s: Tensor) -> Errors:
         sample = Measured(rows / s, fitted)
-        return PointErrors(lambda: sample, point.linears, weights, plainly, scale=s)(None, 0)
+        return PointErrors(lambda: sample, point.linears, weights, plainly, scale=s, slot=slot)(
+            None, 0
+        )
 
     plain = errors(torch.ones_like(x))
 

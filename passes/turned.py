@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +15,28 @@ from pq_fx.kernels.reference import nvfp4_global_scale, permute_rotate, rotate
 
 # Elements of a weight that are quantized at once: a CPU's cache, or enough to fill a GPU.
 _CPU_ELEMENTS = 1 << 18
-_CUDA_ELEMENTS = 1 << 22
+_CUDA_ELEMENTS = 1 << 21
+# Elements of a matrix of which one number a column is wanted: these need no copies.
+_READ = 1 << 22
 
 
-def elements(x: Tensor) -> int:
+class Matrix(Protocol):
+    """A float matrix [n, K]: a tensor, or what makes some of its rows when they are asked for."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[n, K]."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its rows are made."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Tensor: ...
+
+
+def elements(x: Matrix) -> int:
     """How many elements of a matrix on x's device are worked on at once."""
     return _CPU_ELEMENTS if x.device.type == "cpu" else _CUDA_ELEMENTS
 
@@ -25,6 +44,30 @@ def elements(x: Tensor) -> int:
 def chunks(x: Tensor) -> tuple[Tensor, ...]:
     """Rows of x [n, K], so many elements at a time."""
     return x.split(max(1, elements(x) // max(1, x.shape[1])))
+
+
+def slices(x: Matrix) -> list[slice]:
+    """The rows of `chunks`, of a matrix that may make them."""
+    return _slices(x, elements(x))
+
+
+def _slices(x: Matrix, at_once: int) -> list[slice]:
+    step = max(1, at_once // max(1, x.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(x), step)]
+
+
+def pieces(x: Matrix) -> Iterator[Tensor]:
+    """A tensor as it is; of another matrix some rows at a time."""
+    if isinstance(x, Tensor):
+        yield x
+    else:
+        yield from (x[part] for part in _slices(x, _READ))
+
+
+def column_norms(x: Matrix) -> Tensor:
+    """sqrt(sum_n x[n, k]^2), fp32 [K]."""
+    norms = [torch.linalg.vector_norm(p, dim=0, dtype=torch.float32) for p in pieces(x)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 def turned(x: Tensor, perm: Tensor | None, rotation: int) -> Tensor:

@@ -208,8 +208,7 @@ def _choose(
 def _enter_folds(plan: Plan, choices: dict[str, RegionChoice], edits: Edits) -> None:
     for name, choice in choices.items():
         if choice.fold is not None:
-            orders = fold_tensors(plan.regions[name], choice.fold, edits.tensors)
-            for (param, axis), order in orders.items():
+            for (param, axis), order in fold_tensors(plan.regions[name], choice.fold).items():
                 edits.reorder(param, axis, order)
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pq_fx.passes.turned import Matrix
+
 Axis = tuple[str, int]
 # Elements that are edited at once: their fp32 copies are small beside a layer.
-_ELEMENTS = 1 << 22
+_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class AxisEdit:
     def changes(self) -> bool:
         """Whether any value changes or moves."""
         return any(v is not None for v in (self.factor, self.order, self.offset))
+
+    def to(self, device: torch.device) -> AxisEdit:
+        """The same, on a device."""
+        values = (self.factor, self.order, self.offset, self.center)
+        return AxisEdit(*(None if v is None else v.to(device) for v in values))
 
     def apply(self, value: Tensor, axis: int) -> Tensor:
         """`value` of the float model as the converted one needs it, in its own dtype."""
@@ -64,26 +71,12 @@ class AxisEdit:
         return value
 
 
-def _made_rows(tensor: Tensor, axes: list[AxisEdit], part: slice) -> Tensor:
-    """Rows `part` of the edited tensor."""
-    first, *others = axes
-    rows, edit = _taken(first, part, tensor.device)
-    value = edit.apply(tensor[rows], 0)
-    for axis, edit in enumerate(others, 1):
-        value = edit.apply(value, axis)
-    return value
-
-
-def _taken(
-    edit: AxisEdit, part: slice | Tensor, device: torch.device
-) -> tuple[slice | Tensor, AxisEdit]:
-    """Where positions `part` (a slice, or integers [n] on `device`) of the edited axis are, and the edit of these."""
-    where = part
-    if edit.order is not None:
-        where = edit.order.to(device)[part]
+def _taken(edit: AxisEdit, part: slice | Tensor) -> tuple[slice | Tensor, AxisEdit]:
+    """Where positions `part` (a slice, or integers [n]) of an edited axis are read from, and the edit of these."""
+    where = part if edit.order is None else edit.order[part]
 
     def of(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(device)[where]
+        return None if value is None else value[where]
 
     return where, AxisEdit(of(edit.factor), None, of(edit.offset))
 
@@ -94,7 +87,7 @@ def _along(factor: Tensor, value: Tensor, axis: int) -> Tensor:
 
 
 class Edits:
-    """Edits by (parameter, axis) over a model's tensors."""
+    """Edits by (parameter, axis) over a model's tensors, on the CPU: those of all axes are as large as a layer."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -107,27 +100,28 @@ class Edits:
         """Multiply an axis, with what was added to it, by factor fp32 [size]; factors multiply up."""
         for values in (self._factors, self._offsets):
             if (name, axis) in values:
-                values[name, axis] = values[name, axis] * factor
-        self._factors.setdefault((name, axis), factor)
+                values[name, axis] = values[name, axis] * factor.cpu()
+        self._factors.setdefault((name, axis), factor.cpu())
 
     def shift(self, name: str, offset: Tensor) -> None:
         """Add offset fp32 [size] to a bias; offsets add up."""
         known = self._offsets.get((name, 0))
-        self._offsets[name, 0] = offset if known is None else known + offset
+        self._offsets[name, 0] = offset.cpu() if known is None else known + offset.cpu()
 
     def center(self, weight: str, bias: str, center: Tensor) -> None:
         """The linear's input comes without `center` (fp32 [in_features]): its bias adds what that gave.
 
         In units of the input before a scale of the weight's columns, which has to follow.
         """
-        self._centers[weight, 1] = center
-        parts = self.scaled(weight).split(max(1, _ELEMENTS // center.numel()))
-        self.shift(bias, torch.cat([part.float() @ center for part in parts]))
+        self._centers[weight, 1] = center.cpu()
+        rows = self.rows(weight, ordered=False)
+        parts = rows.parts()
+        self.shift(bias, torch.cat([rows[p].float() @ center.to(rows.device) for p in parts]))
 
     def reorder(self, name: str, axis: int, order: Tensor) -> None:
         """Read an axis in another order, int64 [size]; a second order is of the reordered axis."""
         # Two regions may hold different positions of one axis (rows of a fused projection).
-        known = self._orders.get((name, axis))
+        known, order = self._orders.get((name, axis)), order.cpu()
         self._orders[name, axis] = order if known is None else known[order]
 
     def axes(self) -> Iterator[tuple[Axis, AxisEdit]]:
@@ -149,10 +143,11 @@ class Edits:
         """The tensor scaled, shifted and in its new orders; the tensor itself where nothing changes."""
         return self._made(name, ordered=True)
 
-    def rows(self, name: str) -> EditedRows:
-        """The rows of `edited`, made when they are asked for."""
+    def rows(self, name: str, *, ordered: bool = True) -> EditedRows:
+        """The rows of `edited`, or of `scaled`, made when they are asked for."""
         tensor = self.tensors[name].detach()
-        return EditedRows(tensor, self._axes(name, tensor.dim(), ordered=True))
+        axes = self._axes(name, tensor.dim(), ordered=ordered)
+        return EditedRows(tensor, [edit.to(tensor.device) for edit in axes])
 
     def _axes(self, name: str, dims: int, *, ordered: bool) -> list[AxisEdit]:
         return [
@@ -165,15 +160,12 @@ class Edits:
         ]
 
     def _made(self, name: str, *, ordered: bool) -> Tensor:
-        tensor = self.tensors[name].detach()
-        axes = self._axes(name, tensor.dim(), ordered=ordered)
-        if not any(edit.changes for edit in axes):
-            return tensor
-        made = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        step = max(1, _ELEMENTS // max(1, tensor[:1].numel()))
-        for start in range(0, len(tensor), step):
-            part = slice(start, start + step)
-            made[part] = _made_rows(tensor, axes, part)
+        rows = self.rows(name, ordered=ordered)
+        if not rows.changes:
+            return rows.tensor
+        made = torch.empty(rows.shape, dtype=rows.tensor.dtype, device=rows.device)
+        for part in rows.parts():
+            made[part] = rows[part]
         return made
 
     @torch.no_grad()
@@ -198,41 +190,58 @@ class Edits:
 
 
 class EditedRows:
-    """A matrix [N, K] of which `[start:stop]` gives edited rows: a whole copy of a large one never exists."""
+    """A tensor [N, ...] of which `[start:stop]` gives edited rows: a whole copy of a large one never exists.
+
+    `axes` are its edits, on its device.
+    """
 
     def __init__(self, tensor: Tensor, axes: list[AxisEdit]) -> None:
-        self._tensor, self._axes = tensor, axes
+        self.tensor, self._axes = tensor, axes
         self.shape, self.device = tensor.shape, tensor.device
 
+    @property
+    def changes(self) -> bool:
+        """Whether any value changes or moves."""
+        return any(edit.changes for edit in self._axes)
+
     def __len__(self) -> int:
-        return len(self._tensor)
+        return len(self.tensor)
 
     def __getitem__(self, part: slice) -> Tensor:
-        if not any(edit.changes for edit in self._axes):
-            return self._tensor[part]
-        return _made_rows(self._tensor, self._axes, part)
+        if not self.changes:
+            return self.tensor[part]
+        first, *others = self._axes
+        rows, edit = _taken(first, part)
+        value = edit.apply(self.tensor[rows], 0)
+        for axis, edit in enumerate(others, 1):
+            value = edit.apply(value, axis)
+        return value
+
+    def parts(self) -> Iterator[slice]:
+        """All rows, some at a time."""
+        step = max(1, _ELEMENTS // max(1, self.tensor[:1].numel()))
+        return (slice(start, start + step) for start in range(0, len(self), step))
 
     def columns(self, part: slice, index: Tensor) -> Tensor:
         """Columns `index` (int64 [b]) of rows `part`: [n, b]."""
-        rows, first = _taken(self._axes[0], part, self.device)
-        columns, second = _taken(self._axes[1], index, self.device)
-        if isinstance(rows, slice):
-            value = self._tensor[rows][:, columns]
-        else:
-            value = self._tensor[rows[:, None], columns]
+        rows, first = _taken(self._axes[0], part)
+        columns, second = _taken(self._axes[1], index)
+        whole = isinstance(rows, slice)
+        value = self.tensor[rows][:, columns] if whole else self.tensor[rows[:, None], columns]
         return second.apply(first.apply(value, 0), 1)
 
 
-class Scaled(Mapping[str, Tensor]):
-    """The scaled tensors of `names`, each made when it is asked for and not kept."""
+class Scaled(Mapping[str, Matrix]):
+    """The scaled tensors of `names`; rows of those that change are made when they are asked for, and not kept."""
 
     def __init__(self, edits: Edits, names: Iterable[str]) -> None:
         self._edits, self._names = edits, tuple(names)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Matrix:
         if name not in self._names:
             raise KeyError(name)
-        return self._edits.scaled(name)
+        rows = self._edits.rows(name, ordered=False)
+        return rows if rows.changes else rows.tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -18,7 +18,6 @@ from pq_fx.report import LayerReport
 from pq_fx.rounded import Packed, Rows, rounded, together
 from pq_fx.scope import Layer
 
-
 # Sampled rows that are turned at once.
 _ROWS = 128
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pq_fx.edits import EditedRows
 from pq_fx.kernels.formats import Format
+from pq_fx.kernels.pack import pack, unpack
 from pq_fx.kernels.reference import (
     NVFP4_CLIP_RATIOS,
     WEIGHT_CLIP_RATIOS,
@@ -27,7 +28,6 @@ from pq_fx.kernels.reference import (
     permute_rotate,
     quantize,
 )
-from pq_fx.kernels.pack import pack, unpack
 from pq_fx.modules import ActivationQuantizer
 from pq_fx.passes.choose import PointChoice
 from pq_fx.passes.rounding import SecondMoment, gptq, holds_groups, second_moment
@@ -200,7 +200,7 @@ def together(layers: Sequence[Layer], names: Sequence[str]) -> list[list[str]]:
 def rounded(layers: Sequence[Layer], weights: Sequence[EditedRows], rows: Rows) -> list[Packed]:
     """Round the weights [N, K] of one list of `together`."""
     first = layers[0]
-    fmt, recipe = first.weight_format, first.config.recipe
+    recipe = first.config.recipe
     if len(layers) == 1 and recipe.low_rank and not first.one_row:
         whole = weights[0][:].float()
         branch = _low_rank(whole, recipe.low_rank)
@@ -221,9 +221,7 @@ def _rounded(
     count, channels = sum(len(w) for w in weights), weight.shape[1]
     whole = nvfp4_global_scale(rows.largest(weight)) if fmt.two_level else None
     tried = ratios(fmt) if recipe.search else ()
-    made = torch.empty(
-        count, fmt.packed_bytes(channels), dtype=torch.uint8, device=weight.device
-    )
+    made = torch.empty(count, fmt.packed_bytes(channels), dtype=torch.uint8, device=weight.device)
     step = _rounded_at_once(weight) if recipe.compensate else _turned_at_once(weight) // channels
     scales = []
     for start in range(0, count, max(1, step)):
