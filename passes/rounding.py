@@ -169,8 +169,8 @@ def gptq(
 
     `global_scale` as in `quantize`; None for nvfp4 takes the weight's own, which has to be a tensor
     then. `scale_search`: ratios of the largest magnitude that are tried for each group's scale; the
-    least error, weighted by what each channel's error costs, wins. `columns` does what `round_columns` does, which is for a CPU.
-    Returns what `quantize` returns, fp32 arithmetic.
+    least error, weighted by what each channel's error costs, wins. `columns` does what
+    `round_columns` does, which is for a CPU. Returns what `quantize` returns, fp32 arithmetic.
 
     Raises:
         FormatError: K is not a multiple of the format's group.

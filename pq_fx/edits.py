@@ -226,8 +226,8 @@ class EditedRows:
         """Columns `index` (int64 [b]) of rows `part`: [n, b]."""
         rows, first = _taken(self._axes[0], part)
         columns, second = _taken(self._axes[1], index)
-        whole = isinstance(rows, slice)
-        value = self.tensor[rows][:, columns] if whole else self.tensor[rows[:, None], columns]
+        where = rows if isinstance(rows, slice) else rows[:, None]
+        value = self.tensor[rows][:, columns] if where is rows else self.tensor[where, columns]
         return second.apply(first.apply(value, 0), 1)
 
 

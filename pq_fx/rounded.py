@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ log = logging.getLogger("pq_fx")
 # multiplied at once, in fp32.
 _ROUNDED = {"cpu": 1 << 25, "cuda": 3 << 23}
 _TURNED = {"cpu": 1 << 22, "cuda": 1 << 21}
-Weight = Tensor | EditedRows
+Weight: TypeAlias = Tensor | EditedRows
 
 
 @dataclass
@@ -200,26 +201,30 @@ def together(layers: Sequence[Layer], names: Sequence[str]) -> list[list[str]]:
 def rounded(layers: Sequence[Layer], weights: Sequence[EditedRows], rows: Rows) -> list[Packed]:
     """Round the weights [N, K] of one list of `together`."""
     first = layers[0]
-    recipe = first.config.recipe
-    if len(layers) == 1 and recipe.low_rank and not first.one_row:
-        whole = weights[0][:].float()
-        branch = _low_rank(whole, recipe.low_rank)
-        return [_rounded(first, [whole - branch[0] @ branch[1]], rows, branch)]
+    if len(layers) == 1:
+        return [_rounded(first, weights, rows)]
     packed = _rounded(first, weights, rows)
     parts = [t.split([len(w) for w in weights]) for t in (packed.bytes, packed.scale)]
-    return [Packed(*part, packed.global_scale, None) for part in zip(*parts, strict=True)]
+    return [
+        Packed(found.clone(), scale.clone(), None, None)
+        for found, scale in zip(*parts, strict=True)
+    ]
 
 
 def _rounded(
     layer: Layer,
     weights: Sequence[Weight],
     rows: Rows,
-    branch: tuple[Tensor, Tensor] | None = None,
 ) -> Packed:
     """Several weights are few enough rows for one part."""
-    fmt, recipe, weight = layer.weight_format, layer.config.recipe, weights[0]
+    fmt, recipe, branch = layer.weight_format, layer.config.recipe, None
+    if recipe.low_rank and not layer.one_row:
+        whole = weights[0][:].float()
+        branch = _low_rank(whole, recipe.low_rank)
+        weights = [whole - branch[0] @ branch[1]]
+    weight = weights[0]
     count, channels = sum(len(w) for w in weights), weight.shape[1]
-    whole = nvfp4_global_scale(rows.largest(weight)) if fmt.two_level else None
+    global_scale = nvfp4_global_scale(rows.largest(weight)) if fmt.two_level else None
     tried = ratios(fmt) if recipe.search else ()
     made = torch.empty(count, fmt.packed_bytes(channels), dtype=torch.uint8, device=weight.device)
     step = _rounded_at_once(weight) if recipe.compensate else _turned_at_once(weight) // channels
@@ -231,14 +236,22 @@ def _rounded(
             turned: Tensor | _Turned = _Turned(weights, part, rows)
             if not holds_groups(fmt.group_size):
                 turned = rows.turned(torch.cat([w[part] for w in weights]))
-            q = gptq(turned, moment, fmt, global_scale=whole, scale_search=tried, columns=columns)
+            q = gptq(
+                turned,
+                moment,
+                fmt,
+                global_scale=global_scale,
+                scale_search=tried,
+                columns=columns,
+            )
         else:
-            q = quantize(rows.turned(weight[part]), fmt, global_scale=whole, scale_search=tried)
+            turned = rows.turned(weight[part])
+            q = quantize(turned, fmt, global_scale=global_scale, scale_search=tried)
         for some in _parts(q.codes, _turned_at_once(weight)):
             made[part][some] = pack(q.codes[some], fmt)
         scales.append(q.scale)
         del q
-    return Packed(made, torch.cat(scales), whole, branch)
+    return Packed(made, torch.cat(scales), global_scale, branch)
 
 
 @cache

@@ -46,6 +46,10 @@ def test_edits_by_rows_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) ->
     parts = made(1)
     assert torch.equal(parts.scaled("w"), whole.scaled("w"))
     assert torch.equal(parts.edited("w"), whole.edited("w"))
+    some, index = slice(3, 20), torch.tensor([7, 0, 40, 13])
+    assert torch.equal(parts.rows("w").columns(some, index), whole.edited("w")[some][:, index])
+    scaled = parts.rows("w", ordered=False)
+    assert torch.equal(scaled.columns(some, index), whole.scaled("w")[some][:, index])
     # What the bias takes over is a product, whose sums depend on its shape.
     torch.testing.assert_close(parts.edited("b"), whole.edited("b"), rtol=1e-5, atol=1e-5)
     # Against the definition: scaled in the weight's own dtype axis by axis, then reordered.
@@ -106,7 +110,7 @@ def test_choosing_holds_the_weights_of_one_point() -> None:
 
 
 @pytest.mark.parametrize("method", ["permuquant-h", "best", "svdquant"])
-@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+@pytest.mark.parametrize("format", ["int4", "nvfp4", "fp8"])
 def test_rounding_parts_gives_the_same_model(
     monkeypatch: pytest.MonkeyPatch, method: str, format: str
 ) -> None:
