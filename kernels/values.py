@@ -72,7 +72,9 @@ def nearest_elements(scaled: Tensor, fmt: Format) -> Tensor:
     if fmt.element == "e4m3":
         return scaled.clamp(-top, top).to(torch.float8_e4m3fn).float()
     if fmt.element != "e2m1":
-        return _integers(scaled, fmt)
+        rounded = scaled.round()
+        del scaled  # a GPU holds few copies of a part of a weight
+        return rounded.clamp(-top, top - fmt.full_range)
     a = scaled.clamp(-top, top)
     size = a.abs()
     upper = torch.where(size < 4.0, a.round(), (a * 0.5).round() * 2.0)

@@ -142,7 +142,7 @@ class PointErrors:
             return
         sample = self._slot.of(self).sample
         # All of their rows are held at once.
-        step = max(1, 2 * elements(sample.rows) // max(1, sample.rows[: sample.fitted].numel()))
+        step = max(1, elements(sample.rows) // max(1, sample.rows[: sample.fitted].numel()))
         for start in range(0, len(new), step):
             some = new[start : start + step]
             found = self._measure(order, rotation, some, self.weight_part, False)

@@ -35,7 +35,7 @@ from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.reference import Quantized, nearest, nvfp4_global_scale
 from pq_fx.kernels.values import element_values, scale_values
-from pq_fx.passes.turned import exact_matmul
+from pq_fx.passes.turned import column_squares, exact_matmul
 
 # Columns whose errors are collected before they are spread over the rest of the matrix.
 _BLOCK = 128
@@ -97,7 +97,7 @@ def second_moment(
         raise CalibrationError(
             f"{count} rows to round weights by, some not finite; calibrate again"
         )
-    size = x.square().sum(dim=0)
+    size = column_squares(x)
     order = _order(size, group or channels, by_size)
     # Relative to the mean: the unit of H cancels.
     x = x[:, order].mul_(size.mean().clamp(min=torch.finfo(torch.float32).tiny).rsqrt())

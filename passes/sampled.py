@@ -13,7 +13,7 @@ from pq_fx.errors import CalibrationError
 from pq_fx.passes.choice import Settings
 from pq_fx.passes.moments import Moments
 from pq_fx.passes.regions import Point
-from pq_fx.passes.turned import Matrix, column_norms, pieces
+from pq_fx.passes.turned import Matrix, column_norms, column_squares, pieces
 
 
 class Measured(NamedTuple):
@@ -56,5 +56,6 @@ def second_moments(
         weight = weights[name]
         norm = column_norms(weight).double()
         sums, count = sums.to(weight.device) + norm.square(), count + len(weight)
-    seen = rows.to(sums.device, torch.float32, copy=True).square_().mean(dim=0).double()
+    wide = rows.to(sums.device, torch.float32)
+    seen = (column_squares(wide) / len(wide)).double()
     return seen.cpu().numpy(), (sums / count).cpu().numpy()

@@ -15,9 +15,12 @@ from pq_fx.kernels.reference import nvfp4_global_scale, permute_rotate, rotate
 
 # Elements of a weight that are quantized at once: a CPU's cache, or enough to fill a GPU.
 _CPU_ELEMENTS = 1 << 18
-_CUDA_ELEMENTS = 1 << 21
+_CUDA_ELEMENTS = 1 << 22
 # Elements of a matrix of which one number a column is wanted: these need no copies.
 _READ = 1 << 22
+# Rows that a GPU adds up at once: of many at once it would take 512 bytes of workspace for each column and block of
+# threads, 132 MiB for weights of FLUX.1.
+_ADDED = 64
 
 
 class Matrix(Protocol):
@@ -66,8 +69,28 @@ def pieces(x: Matrix) -> Iterator[Tensor]:
 
 def column_norms(x: Matrix) -> Tensor:
     """sqrt(sum_n x[n, k]^2), fp32 [K]."""
-    norms = [torch.linalg.vector_norm(p, dim=0, dtype=torch.float32) for p in pieces(x)]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    norms = [_norms(part) for piece in pieces(x) for part in _evenly(piece)]
+    return norms[0][0] if len(norms) == 1 == len(norms[0]) else _norms(torch.cat(norms)[None])[0]
+
+
+def column_squares(x: Tensor) -> Tensor:
+    """sum_n x[n, k]^2 of x fp32 [n, K], fp32 [K]."""
+    return x.square().sum(dim=0) if x.device.type == "cpu" else column_norms(x).square()
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Norms of the columns of each x[i], fp32 [len(x), K]."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+
+
+def _evenly(x: Tensor) -> list[Tensor]:
+    """x [n, K] as matrices [m, n', K] with few rows each on a GPU, and the rest."""
+    if x.device.type == "cpu":
+        return [x[None]]
+    whole = len(x) // _ADDED * _ADDED
+    return [
+        part for part in (x[:whole].unflatten(0, (-1, _ADDED)), x[None, whole:]) if part.numel()
+    ]
 
 
 def turned(x: Tensor, perm: Tensor | None, rotation: int) -> Tensor:

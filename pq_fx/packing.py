@@ -74,36 +74,39 @@ def pack_point(
     smooth = sample.smooth
     quantizer = _input_quantizer(point, own, first.activation_format, sample)
     rows = Rows(sample.rows, sample.center, own, quantizer, sample.device)
+    packed: dict[str, Packed] = {}
     for names in together([layers[name] for name in point.linears], point.linears):
         weights = [edits.rows(name) for name in names]
-        packed = rounded([layers[name] for name in names], weights, rows)
-        for name, weight, own_packed in zip(names, weights, packed, strict=True):
-            layer = layers[name]
-            fqn, fmt, recipe = layer.fact.fqn, layer.weight_format, layer.config.recipe
-            bias = None if layer.module.bias is None else edits.edited(fqn + ".bias").clone()
-            if bias is not None and recipe.correct_bias:
-                bias += rows.mean_error(weight, own_packed, fmt).to(bias.dtype)
-            error = choice.errors[name]
-            if recipe.compensate or own_packed.branch is not None:
-                error = replace(error, after=rows.error(weight, own_packed, fmt))
-            draft.modules[fqn] = _module(layer, own_packed, bias, quantizer, smooth)
-            draft.rows[fqn] = LayerReport(
-                fqn,
-                layer.fact.in_features,
-                layer.fact.out_features,
-                format=fmt.key,
-                activation_format=layer.activation_format.key if layer.activation_format else None,
-                region=view.name.removesuffix(".weight"),
-                absorb=choice.absorb.get(point.name, "none"),
-                alpha=choice.alpha,
-                rotation=own.rotation,
-                error_before=error.before,
-                error_after=error.after,
-                accepted=choice.accepted,
-                clip=own.clip,
-                smooth=sample.smoothing,
-                low_rank=0 if own_packed.branch is None else own_packed.branch[0].shape[1],
-            )
+        found = rounded([layers[name] for name in names], weights, rows)
+        packed |= dict(zip(names, found, strict=True))
+    rows.forget_moments()
+    for name, made in packed.items():
+        layer, weight = layers[name], edits.rows(name)
+        fqn, fmt, recipe = layer.fact.fqn, layer.weight_format, layer.config.recipe
+        bias = None if layer.module.bias is None else edits.edited(fqn + ".bias").clone()
+        if bias is not None and recipe.correct_bias:
+            bias += rows.mean_error(weight, made, fmt).to(bias.dtype)
+        error = choice.errors[name]
+        if recipe.compensate or made.branch is not None:
+            error = replace(error, after=rows.error(weight, made, fmt))
+        draft.modules[fqn] = _module(layer, made, bias, quantizer, smooth)
+        draft.rows[fqn] = LayerReport(
+            fqn,
+            layer.fact.in_features,
+            layer.fact.out_features,
+            format=fmt.key,
+            activation_format=layer.activation_format.key if layer.activation_format else None,
+            region=view.name.removesuffix(".weight"),
+            absorb=choice.absorb.get(point.name, "none"),
+            alpha=choice.alpha,
+            rotation=own.rotation,
+            error_before=error.before,
+            error_after=error.after,
+            accepted=choice.accepted,
+            clip=own.clip,
+            smooth=sample.smoothing,
+            low_rank=0 if made.branch is None else made.branch[0].shape[1],
+        )
 
 
 def _input_quantizer(

@@ -82,18 +82,17 @@ class Rows:
         self.quantizer = quantizer
         self._moments: dict[int, SecondMoment] = {}
 
-    def seen(self, plain: Tensor) -> Tensor:
-        """Rows fp32 [n, K] after order, rotation and quantization."""
+    def seen(self, rows: Tensor) -> Tensor:
+        """Rows fp32 [n, K] after order, rotation and quantization; overwritten."""
         quantizer = self.quantizer
         fmt = None if quantizer is None else Format.parse(quantizer.format)
-        seen = torch.empty(plain.shape, device=plain.device)
-        for part in _parts(plain, _turned_at_once(plain)):
-            x = permute_rotate(plain[part], self.perm, self.rotation)
+        for part in _parts(rows, _turned_at_once(rows)):
+            x = permute_rotate(rows[part], self.perm, self.rotation)
             if quantizer is not None and fmt is not None:
                 clip, whole = quantizer.clip, quantizer.global_scale
                 x = fake_quantize(x, fmt, global_scale=whole, clip=clip)
-            seen[part] = x
-        return seen
+            rows[part] = x
+        return rows
 
     def turned(self, weight: Tensor) -> Tensor:
         """The weight [N, K] in the order and rotation of the rows, fp32."""
@@ -113,39 +112,49 @@ class Rows:
             self._moments[group] = second_moment(self.seen(self.plain(_FITTED)), group=group)
         return self._moments[group]
 
+    def forget_moments(self) -> None:
+        """All linears are rounded: errors need the memory."""
+        self._moments.clear()
+
     def error(self, weight: Weight, packed: Packed, fmt: Format) -> float:
         """Relative squared output error on the half that nothing was fitted on."""
-        sums = None
-        for wanted, error, own in self._differences(weight, packed, fmt, _HELD_OUT):
-            if self.center is not None:
-                wanted = wanted + self.center @ own.T
-            found = torch.stack([error.square().sum(), wanted.square().sum()])
-            sums = found if sums is None else sums + found
-        lost, whole = (0.0, 0.0) if sums is None else sums.tolist()
+        rows, size = self.plain(_HELD_OUT), torch.zeros(2, device=weight.device)
+        wanted = []
+        with exact_matmul():
+            for some in _parts(weight, _turned_at_once(weight)):
+                own = weight[some].float()
+                wanted.append(rows @ own.T)
+                y = wanted[-1] if self.center is None else wanted[-1] + self.center @ own.T
+                size[1] += y.square().sum()
+        for error in self._errors(rows, wanted, weight, packed, fmt):
+            size[0] += error.square().sum()
+        lost, whole = size.tolist()
         return lost / whole if whole > 0 else 0.0
 
     def mean_error(self, weight: Weight, packed: Packed, fmt: Format) -> Tensor:
         """What a bias must add to make the mean output right, fp32 [N], fitted on the first half."""
-        found = self._differences(weight, packed, fmt, _FITTED)
-        return -torch.cat([error.mean(dim=0) for _, error, _ in found])
+        rows = self.plain(_FITTED)
+        with exact_matmul():
+            parts = _parts(weight, _turned_at_once(weight))
+            wanted = [rows @ weight[some].float().T for some in parts]
+        found = self._errors(rows, wanted, weight, packed, fmt)
+        return -torch.cat([error.mean(dim=0) for error in found])
 
-    def _differences(
-        self, weight: Weight, packed: Packed, fmt: Format, part: slice
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Wanted outputs and their errors, fp32 [rows, n], and the weight fp32 [n, K], some n at a time."""
-        plain = self.plain(part)
-        seen = self.seen(plain)
-        for some in _parts(weight, _turned_at_once(weight)):
-            own = weight[some].float()
+    def _errors(
+        self, rows: Tensor, wanted: list[Tensor], weight: Weight, packed: Packed, fmt: Format
+    ) -> Iterator[Tensor]:
+        """Errors fp32 [rows, n] of the wanted outputs, some n at a time; `rows` are overwritten."""
+        with exact_matmul():
+            low = None if packed.branch is None else rows @ packed.branch[1].T
+            seen = self.seen(rows)
+        for some, y in zip(_parts(weight, _turned_at_once(weight)), wanted, strict=True):
             codes = unpack(packed.bytes[some], fmt, weight.shape[1])
             q = Quantized(codes, packed.scale[some], packed.global_scale)
             with exact_matmul():
-                wanted = plain @ own.T
                 got = seen @ dequantize(q, fmt).T
-                if packed.branch is not None:
-                    up, down = packed.branch
-                    got += (plain @ down.T) @ up[some].T
-            yield wanted, got - wanted, own
+                if packed.branch is not None and low is not None:
+                    got += low @ packed.branch[0][some].T
+            yield got.sub_(y)
 
 
 class _Turned:

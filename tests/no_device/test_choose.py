@@ -435,7 +435,7 @@ def test_clip_ratios_share_one_quantization_of_the_weights(monkeypatch: pytest.M
         assert shared(order, 32, ratio).held == errors.held
     assert asked == ["w", "v"] * 5  # once for all four, and the other rows one by one
     with monkeypatch.context() as few:
-        few.setattr(turned, "_CPU_ELEMENTS", 40 * 128)  # two ratios at a time
+        few.setattr(turned, "_CPU_ELEMENTS", 80 * 128)  # two ratios at a time
         pieces = fresh()
         pieces.with_clips(order, 32, ratios)
         for ratio, errors in alone.items():
