@@ -4,7 +4,8 @@
 
 FLUX.1-dev (19 + 38 blocks, random weights with planted outlier channels, random inputs of `--side` pixels). The float
 forward is timed by itself, then calibration of `--calls` calls (its first traces the model), then the conversion by
-each method on a fresh model. Peaks are of allocated memory, above the float model's weights.
+each method on a fresh model. Peaks are of allocated memory, above the float model's weights; `held_before_gib` of them are
+cuBLAS's workspace, the inputs and what calibration gathered.
 """
 
 from __future__ import annotations
@@ -38,20 +39,23 @@ class Peak:
     """The device's peak of allocated memory while open, in GiB above `base` bytes; None on a CPU."""
 
     def __init__(self, device: str, base: int) -> None:
-        self.cuda, self.base, self.above = device == "cuda", base, None
+        self.cuda, self.base = device == "cuda", base
+        self.above: float | None = None
+        self.before: float | None = None
 
     def __enter__(self) -> Peak:
         if self.cuda:
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            self.before = round((torch.cuda.memory_allocated() - self.base) / GIB, 3)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.cuda:
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated() - self.base
-            self.above: float | None = round(peak / GIB, 2)
+            self.above = round(peak / GIB, 3)
 
 
 @torch.no_grad()
@@ -134,6 +138,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "choose_s": round(chosen, 1),
             "pack_s": round(stages[-1] - chosen, 1),
             "peak_above_float_gib": converting.above,
+            "held_before_gib": converting.before,
             "layer_error": round(report.mean_layer_error, 5),
         }
         largest = max(r.in_features * r.out_features for r in report.quantized)

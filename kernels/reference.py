@@ -50,10 +50,12 @@ __all__ = [
     "SCALE_FLOOR",
     "WEIGHT_CLIP_RATIOS",
     "Quantized",
+    "at_scales",
     "dequantize",
     "e4m3_operand",
     "element_values",
     "fake_quantize",
+    "group_scales",
     "nearest",
     "nvfp4_global_scale",
     "permute_rotate",
@@ -143,10 +145,24 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """What `quantize` and `dequantize` make of x, fp32 [..., K], and the stored scales: half the operations, since no
     code points are made on the way (a zero's sign may differ)."""
+    scale = group_scales(x, fmt, global_scale, clip)
+    return at_scales(x, scale, fmt, global_scale), scale
+
+
+def group_scales(
+    x: Tensor, fmt: Format, global_scale: Tensor | None = None, clip: Tensor | None = None
+) -> Tensor:
+    """The scales [..., G] that `quantize` stores for x [..., K]."""
     groups, amax = _groups(x, fmt, global_scale, clip)
-    scale = _group_scale(groups, amax, fmt, global_scale)
+    return _group_scale(groups, amax, fmt, global_scale).squeeze(-1)
+
+
+def at_scales(x: Tensor, scale: Tensor, fmt: Format, global_scale: Tensor | None = None) -> Tensor:
+    """x [..., K] as its format represents it with stored scales [..., G], fp32; a zero's sign may differ."""
+    scale = scale.unsqueeze(-1)
+    groups = x.float().unflatten(-1, (scale.shape[-2], -1))
     elements = nearest_elements(_scaled(groups, scale, fmt, global_scale), fmt)
-    return (elements * scale_values(scale, fmt, global_scale)).flatten(-2), scale.squeeze(-1)
+    return (elements * scale_values(scale, fmt, global_scale)).flatten(-2)
 
 
 def _groups(

@@ -33,14 +33,16 @@ from torch import Tensor
 
 from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.reference import Quantized, nearest, nvfp4_global_scale
+from pq_fx.kernels.reference import Quantized, at_scales, group_scales, nvfp4_global_scale
 from pq_fx.kernels.values import element_values, scale_values
 from pq_fx.passes.turned import column_squares, exact_matmul
 
 # Columns whose errors are collected before they are spread over the rest of the matrix.
 _BLOCK = 128
-# Elements that are tried at once in a search of scales: enough for a GPU, 4 MiB in fp32, of which there are three.
-_SEARCHED = 1 << 20
+# Blocks whose columns are made together: making them costs as many launches whatever their number.
+_MADE = 4
+# Elements that are tried at once in a search of scales: enough for a GPU, 8 MiB in fp32, of which there are two.
+_SEARCHED = 1 << 21
 
 
 class Columns(Protocol):
@@ -210,25 +212,32 @@ def _round(
     ratios = torch.tensor(scale_search or (1.0,), device=weight.device)
     spread = torch.zeros(weight.shape[0], len(moment.rows), device=weight.device)
 
-    def current(start: int, end: int) -> Tensor:
-        """Columns [end - start, N] as earlier errors leave them."""
+    def made(start: int, end: int) -> Tensor:
+        """Columns fp32 [end - start, N]."""
         index = moment.order[start:end]
         found = weight[:, index] if isinstance(weight, Tensor) else weight.columns(index)
-        columns = found.float().T.contiguous()
-        return columns.addmm_(moment.rows[:, start:end].T, spread.T, alpha=-1)
+        return found.float().T.contiguous()
 
-    start = 0
+    def current(columns: Tensor, start: int) -> Tensor:
+        """Columns [b, N] from `start` on as earlier errors leave them."""
+        rows = moment.rows[:, start : start + len(columns)]
+        return torch.addmm(columns, rows.T, spread.T, alpha=-1)
+
+    start = ahead = 0
     factor = spread.new_ones(weight.shape[0])
-    for within, beyond in zip(moment.within, moment.beyond, strict=True):
+    for i, (within, beyond) in enumerate(zip(moment.within, moment.beyond, strict=True)):
         end = start + len(within)
-        block = current(start, end)
+        if i % _MADE == 0:
+            ahead, several = start, sum(len(w) for w in moment.within[i : i + _MADE])
+            columns = made(start, start + several)
+        block = current(columns[start - ahead : end - ahead], start)
         errors, index = torch.empty_like(block), torch.empty_like(block, dtype=torch.int32)
         # Columns of one group have one scale, and their errors reach the others together.
         for first in range(0, len(block), moment.group):
             last = min(first + moment.group, len(block))
             if (start + first) % moment.group == 0:
                 stop = start + first + moment.group
-                part = block[first:last] if stop <= end else current(start, stop)
+                part = block[first:last] if stop <= end else current(made(start, stop), start)
                 cost = moment.cost[start + first : stop]
                 stored = _scale(part.T, cost, fmt, global_scale, ratios)
                 scales.append(stored)
@@ -281,15 +290,19 @@ def _scale(
     """Stored scales [N, 1] of one group [N, g], by the ratio with the least weighted error."""
     # All ratios at once: a GPU is kept busy by one launch instead of sixteen.
     clip = ratios.view(-1, 1, 1, 1)
-    found = []
-    for some in part.split(max(1, _SEARCHED // (len(ratios) * part.shape[1]))):
-        many = some.expand(len(ratios), *some.shape)
-        value, scale = nearest(many, fmt, global_scale=global_scale, clip=clip)
-        error = value.sub_(some).square_() @ cost
-        best = error.min(dim=0).indices  # [n]; of equals any
-        rows = torch.arange(len(some), device=part.device)
-        found.append(scale.view(scale.shape[:2])[best, rows].unsqueeze(1))
-    return torch.cat(found)
+    step = max(1, _SEARCHED // (len(ratios) * part.shape[1]))
+    # Powers of two are compared by errors, others made of one number a group.
+    pieces = part.split(step if fmt.scale == "pow2" else len(part))
+    scales = [
+        group_scales(p.expand(len(ratios), *p.shape), fmt, global_scale, clip) for p in pieces
+    ]
+    scale = torch.cat(scales, dim=1)
+    errors = []
+    for some, own in zip(part.split(step), scale.split(step, dim=1), strict=True):
+        value = at_scales(some.expand(len(ratios), *some.shape), own, fmt, global_scale)
+        errors.append(value.sub_(some).square_() @ cost)
+    best = torch.cat(errors, dim=1).min(dim=0).indices  # [N]; of equals any
+    return scale[best, torch.arange(len(part), device=part.device)]
 
 
 def _elements(fmt: Format, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
