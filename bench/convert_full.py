@@ -4,8 +4,8 @@
 
 FLUX.1-dev (19 + 38 blocks, random weights with planted outlier channels, random inputs of `--side` pixels). The float
 forward is timed by itself, then calibration of `--calls` calls (its first traces the model), then the conversion by
-each method on a fresh model. Peaks are of allocated memory, above the float model's weights; `held_before_gib` of them are
-cuBLAS's workspace, the inputs and what calibration gathered.
+each method on a fresh model. Peaks are of allocated memory, above the float model's weights; `held_before_gib` of
+them are there before (cuBLAS's workspace, the inputs, what calibration gathered).
 """
 
 from __future__ import annotations
