@@ -11,6 +11,9 @@ FLIPPED_CODES = 1e-3
 # Where such a value is its group's (or row's) largest, the scale and all bytes under it move: 2e-4 of the scales by the
 # count above. One of them is allowed in any case: of 82 rows one (1.2 %) moved on an H200, others saw none.
 MOVED_SCALES = 5e-3
+# After a rotation every element of a block moves its scale, by a part of a step: scales in fp32 show it. The reference
+# with a norm's sum in float64 instead of fp32 moves up to 1.5 % of the scales of 37 x 576 elements (0.17 % on average).
+MOVED_SCALES_ROTATED = 2e-2
 # Relative error ||out - ref|| / ||ref|| of kernels with the same quantized operands, by output
 # dtype: half a unit in the last place of the output (2^-9, 2^-12) plus fp32 sums in another order.
 OUTPUT_ERROR = {"bfloat16": 4e-3, "float16": 1e-3, "float32": 1e-3}
