@@ -56,7 +56,6 @@ __all__ = [
     "element_values",
     "fake_quantize",
     "group_scales",
-    "nearest",
     "nvfp4_global_scale",
     "permute_rotate",
     "quantize",
@@ -135,18 +134,10 @@ def fake_quantize(
 ) -> Tensor:
     """Quantize and dequantize: `x` as its format represents it, in x's dtype."""
     if len(scale_search) == 0:
-        return nearest(x, fmt, global_scale=global_scale, clip=clip)[0].to(x.dtype)
+        scale = group_scales(x, fmt, global_scale, clip)
+        return at_scales(x, scale, fmt, global_scale).to(x.dtype)
     q = quantize(x, fmt, global_scale=global_scale, scale_search=scale_search, clip=clip)
     return dequantize(q, fmt, x.dtype)
-
-
-def nearest(
-    x: Tensor, fmt: Format, *, global_scale: Tensor | None = None, clip: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """What `quantize` and `dequantize` make of x, fp32 [..., K], and the stored scales: half the operations, since no
-    code points are made on the way (a zero's sign may differ)."""
-    scale = group_scales(x, fmt, global_scale, clip)
-    return at_scales(x, scale, fmt, global_scale), scale
 
 
 def group_scales(
@@ -158,7 +149,8 @@ def group_scales(
 
 
 def at_scales(x: Tensor, scale: Tensor, fmt: Format, global_scale: Tensor | None = None) -> Tensor:
-    """x [..., K] as its format represents it with stored scales [..., G], fp32; a zero's sign may differ."""
+    """x [..., K] as its format represents it with stored scales [..., G], fp32: half the operations of `quantize` and
+    `dequantize`, since no code points are made on the way (a zero's sign may differ)."""
     scale = scale.unsqueeze(-1)
     groups = x.float().unflatten(-1, (scale.shape[-2], -1))
     elements = nearest_elements(_scaled(groups, scale, fmt, global_scale), fmt)

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ from pq_fx.errors import CalibrationError
 from pq_fx.kernels.formats import Format
 from pq_fx.kernels.reference import Quantized, at_scales, group_scales, nvfp4_global_scale
 from pq_fx.kernels.values import element_values, scale_values
-from pq_fx.passes.turned import column_squares, exact_matmul
+from pq_fx.passes.turned import Columns, column_squares, exact_matmul
 
 # Columns whose errors are collected before they are spread over the rest of the matrix.
 _BLOCK = 128
@@ -43,17 +42,6 @@ _BLOCK = 128
 _MADE = 4
 # Elements that are tried at once in a search of scales: enough for a GPU, 8 MiB in fp32, of which there are two.
 _SEARCHED = 1 << 21
-
-
-class Columns(Protocol):
-    """A weight [N, K] of which a GPU holds the columns of a block at a time, made when they are rounded."""
-
-    shape: torch.Size
-    device: torch.device
-
-    def columns(self, index: Tensor) -> Tensor:
-        """Columns `index` (int64 [b]), float [N, b]."""
-        ...
 
 
 @dataclass(frozen=True)

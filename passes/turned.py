@@ -39,6 +39,17 @@ class Matrix(Protocol):
     def __getitem__(self, part: slice, /) -> Tensor: ...
 
 
+class Columns(Protocol):
+    """A weight [N, K] of which a GPU holds the columns of a block at a time, made when they are rounded."""
+
+    shape: torch.Size
+    device: torch.device
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Columns `index` (int64 [b]), float [N, b]."""
+        ...
+
+
 def elements(x: Matrix) -> int:
     """How many elements of a matrix on x's device are worked on at once."""
     return _CPU_ELEMENTS if x.device.type == "cpu" else _CUDA_ELEMENTS

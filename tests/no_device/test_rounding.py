@@ -141,6 +141,24 @@ def test_inputs_are_not_changed_and_half_precision_works() -> None:
     assert torch.equal(a.codes, b.codes)
 
 
+def test_columns_that_are_made_when_their_turn_comes() -> None:
+    class Made:
+        def __init__(self, weight: torch.Tensor) -> None:
+            self.weight, self.shape, self.device = weight, weight.shape, weight.device
+            self.most = 0
+
+        def columns(self, index: torch.Tensor) -> torch.Tensor:
+            self.most = max(self.most, len(index))
+            return self.weight[:, index]
+
+    fmt, x = get_format("int4f", 32), torch.randn(300, 1152) * torch.rand(1152)
+    made = Made(torch.randn(40, 1152))
+    moment = second_moment(x, group=32)
+    a, b = gptq(made, moment, fmt), gptq(made.weight, moment, fmt)
+    assert torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale)
+    assert made.most < 1152  # not the whole matrix
+
+
 def test_errors() -> None:
     fmt, x, w = get_format("int4", 32), rows(8, 40), weight(8)
     with pytest.raises(CalibrationError, match="0 rows"):
