@@ -258,6 +258,7 @@ class PointErrors:
             for i, x in enumerate(xs):
                 error = torch.addmm(y[:, some], x, q.T, alpha=-1)
                 lost[i] += error.square_().sum(dim=1).double().sum()
+            del exact, q  # before the next ones are made
         return lost
 
     def _wide(self, weight: Tensor) -> Tensor:

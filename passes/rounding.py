@@ -52,7 +52,7 @@ class SecondMoment:
         order: int64 [K], the channels in the order of rounding: group by group, large ones first.
         rows: fp32 [r, K], r <= R: columns in that order, X^T X their second moment.
         within: of each block of columns, fp32 [b, b]: U_bb, each row divided by its diagonal element.
-        beyond: of each block, fp32 [b, r]: A_b, likewise.
+        beyond: of each block, fp32 [b, r]: A_b, likewise; on the CPU, since together they are as large as the rows.
         cost: fp32 [K], what a squared error of a channel costs: 1 / diag(U)^2.
         group: channels that share a scale (and stay together in `order`).
     """
@@ -87,6 +87,7 @@ def second_moment(
         raise CalibrationError(
             f"{count} rows to round weights by, some not finite; calibrate again"
         )
+    del quantized  # nothing else holds the rows of a conversion, as large as what is made of them
     size = column_squares(x)
     order = _order(size, group or channels, by_size)
     # Relative to the mean: the unit of H cancels.
@@ -102,7 +103,7 @@ def second_moment(
             diagonal = u.diagonal()
             # Solvers answer column by column; the loop over columns and the products read rows.
             within.append((u / diagonal[:, None]).float().contiguous())
-            beyond.append((a / diagonal[:, None]).float().contiguous())
+            beyond.append((a / diagonal[:, None]).float().contiguous().cpu())
             diagonals.append(diagonal)
     cost = torch.cat(diagonals[::-1]).square().reciprocal().float()
     # Asked once for all blocks: a GPU stops for an answer.
@@ -200,8 +201,7 @@ def _round(
     ratios = torch.tensor(scale_search or (1.0,), device=weight.device)
     spread = torch.zeros(weight.shape[0], len(moment.rows), device=weight.device)
 
-    def made(start: int, end: int) -> Tensor:
-        """Columns fp32 [end - start, N]."""
+    def made(start: int, end: int) -> Tensor:  # fp32 [end - start, N]
         index = moment.order[start:end]
         found = weight[:, index] if isinstance(weight, Tensor) else weight.columns(index)
         return found.float().T.contiguous()
@@ -236,7 +236,7 @@ def _round(
             )
             block[last:].addmm_(within[some, last:].T, errors[some], alpha=-1)
         codes[:, moment.order[start:end]] = points[index.long()].T
-        spread.addmm_(errors.T, beyond)
+        spread.addmm_(errors.T, beyond.to(spread.device))
         start = end
     return codes, torch.cat(scales, dim=1)
 

@@ -15,7 +15,7 @@ from pq_fx.kernels.reference import nvfp4_global_scale, permute_rotate, rotate
 
 # Elements of a weight that are quantized at once: a CPU's cache, or enough to fill a GPU.
 _CPU_ELEMENTS = 1 << 18
-_CUDA_ELEMENTS = 1 << 22
+_CUDA_ELEMENTS = 3 << 20
 # Elements of a matrix of which one number a column is wanted: these need no copies.
 _READ = 1 << 22
 # Rows that a GPU adds up at once: of many at once it would take 512 bytes of workspace for each column and block of

@@ -1,9 +1,9 @@
 """Converting a calibrated model: choose, fold, pack; then swap, all at once.
 
 Everything is computed beside the float model first: folds as index tensors, packed linears at 4 bits, never a second
-copy of float tensors. On a GPU model packed linears and sampled rows wait in the CPU's memory, and the device holds
-those of one linear at a time. Only when every layer is packed are modules replaced, one at a time, so an error on the
-way (memory, a bad statistic) leaves the model as it was.
+copy of float tensors. On a GPU model packed linears and sampled rows wait in the CPU's memory; the device holds half
+of a point's rows and parts of a weight at a time. Only when every layer is packed are modules replaced, one at a time,
+so an error on the way (memory, a bad statistic) leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def _pack_region(
         pack_point(view, point, choice, layers, sample, edits, draft)
         if device.type != "cpu":
             for name in point.linears:
-                # Beside the float model only one layer's packed weight is on the device at a time.
+                # Where the packed weight is: beside the float model the device has room for neither.
                 draft.modules[layers[name].fact.fqn].to("cpu")
 
 

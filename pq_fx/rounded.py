@@ -50,7 +50,7 @@ Weight: TypeAlias = Tensor | EditedRows
 class Packed:
     """A rounded weight [N, K] and the 16-bit branch beside it.
 
-    `bytes` uint8 [N, K * bits / 8]; scale [N, K / group]; branch: up [N, r], down [r, K], or None.
+    `bytes` uint8 [N, K * bits / 8] on the CPU; scale [N, K / group]; branch: up [N, r], down [r, K], or None.
     """
 
     bytes: Tensor
@@ -126,6 +126,7 @@ class Rows:
                 wanted.append(rows @ own.T)
                 y = wanted[-1] if self.center is None else wanted[-1] + self.center @ own.T
                 size[1] += y.square().sum()
+                del own  # before the next one is made
         for error in self._errors(rows, wanted, weight, packed, fmt):
             size[0] += error.square().sum()
         lost, whole = size.tolist()
@@ -148,7 +149,7 @@ class Rows:
             low = None if packed.branch is None else rows @ packed.branch[1].T
             seen = self.seen(rows)
         for some, y in zip(_parts(weight, _turned_at_once(weight)), wanted, strict=True):
-            codes = unpack(packed.bytes[some], fmt, weight.shape[1])
+            codes = unpack(packed.bytes[some].to(weight.device), fmt, weight.shape[1])
             q = Quantized(codes, packed.scale[some], packed.global_scale)
             with exact_matmul():
                 got = seen @ dequantize(q, fmt).T
@@ -228,14 +229,14 @@ def _rounded(
     """Several weights are few enough rows for one part."""
     fmt, recipe, branch = layer.weight_format, layer.config.recipe, None
     if recipe.low_rank and not layer.one_row:
-        whole = weights[0][:].float()
-        branch = _low_rank(whole, recipe.low_rank)
-        weights = [whole - branch[0] @ branch[1]]
+        wide = weights[0][:].float()
+        branch = _low_rank(wide, recipe.low_rank)
+        weights = [wide - branch[0] @ branch[1]]
     weight = weights[0]
     count, channels = sum(len(w) for w in weights), weight.shape[1]
-    global_scale = nvfp4_global_scale(rows.largest(weight)) if fmt.two_level else None
+    whole = nvfp4_global_scale(rows.largest(weight)) if fmt.two_level else None
     tried = ratios(fmt) if recipe.search else ()
-    made = torch.empty(count, fmt.packed_bytes(channels), dtype=torch.uint8, device=weight.device)
+    made = torch.empty(count, fmt.packed_bytes(channels), dtype=torch.uint8)
     step = _rounded_at_once(weight) if recipe.compensate else _turned_at_once(weight) // channels
     scales = []
     for start in range(0, count, max(1, step)):
@@ -245,22 +246,14 @@ def _rounded(
             turned: Tensor | _Turned = _Turned(weights, part, rows)
             if not holds_groups(fmt.group_size):
                 turned = rows.turned(torch.cat([w[part] for w in weights]))
-            q = gptq(
-                turned,
-                moment,
-                fmt,
-                global_scale=global_scale,
-                scale_search=tried,
-                columns=columns,
-            )
+            q = gptq(turned, moment, fmt, global_scale=whole, scale_search=tried, columns=columns)
         else:
-            turned = rows.turned(weight[part])
-            q = quantize(turned, fmt, global_scale=global_scale, scale_search=tried)
+            q = quantize(rows.turned(weight[part]), fmt, global_scale=whole, scale_search=tried)
         for some in _parts(q.codes, _turned_at_once(weight)):
             made[part][some] = pack(q.codes[some], fmt)
         scales.append(q.scale)
         del q
-    return Packed(made, torch.cat(scales), global_scale, branch)
+    return Packed(made, torch.cat(scales), whole, branch)
 
 
 @cache
