@@ -249,7 +249,7 @@ def act_quantize(
     rows = as_rows(x, "x")
     gates = rows if gate is None else as_rows(gate, "gate")
     firsts = rows if before is None else as_rows(before, "before")
-    tile = tile or row_tile(channels, fmt, rotation, x.dtype, perm is not None)
+    tile = tile or row_tile(channels, fmt, rotation, x.dtype, perm is not None, act != "none")
     with on_device_of(x):
         launch(_act_quantize_kernel)[(ceil_div(rows.tokens, tile.rows), rows.batch)](
             rows.tensor,

@@ -44,11 +44,18 @@ def rotates_by_dot(rotation: int, dtype: torch.dtype) -> bool:
 
 
 def row_tile(
-    channels: int, fmt: Format, rotation: int, dtype: torch.dtype, gathered: bool = False
+    channels: int,
+    fmt: Format,
+    rotation: int,
+    dtype: torch.dtype,
+    gathered: bool = False,
+    activated: bool = False,
 ) -> Tile:
-    """How programs hold rows of `channels` (`rows.tile_of`) for a format and a rotation."""
+    """How programs hold rows of `channels` (`rows.tile_of`) for a format, a rotation, an activation before them."""
     by_dot = rotates_by_dot(rotation, dtype)
-    return tile_of(channels, max(fmt.group_size, rotation, 16), by_dot, gathered)
+    # Signed extremes and scales of scales take registers that gelu needs too.
+    crowded = activated and (fmt.full_range or fmt.two_level)
+    return tile_of(channels, max(fmt.group_size, rotation, 16), by_dot, gathered, crowded)
 
 
 def row_constants(

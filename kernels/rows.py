@@ -119,18 +119,19 @@ class Tile:
     warps: int
 
 
-def tile_of(channels: int, unit: int, by_dot: bool, gathered: bool) -> Tile:
-    """Tile for rows of `channels`, as measured on H100 (bench/results/micro_h100.json).
+def tile_of(channels: int, unit: int, by_dot: bool, gathered: bool, crowded: bool = False) -> Tile:
+    """Tile for rows of `channels`, as measured (bench/results/micro_h100.json, row_warps_h200.json).
 
     `unit` divides both pieces (group and rotation sizes). `by_dot`: a rotation by `tl.dot`, which
     wants 16 groups a piece or more. `gathered`: two warps or more, because Triton makes a gather
-    inside one warp of shuffles, one for each pair of a thread's channels.
+    inside one warp of shuffles, one for each pair of a thread's channels. `crowded`: a kernel with no
+    registers left for 96 channels a thread.
     """
-    return _tile_of(int(channels), unit, by_dot, gathered)
+    return _tile_of(int(channels), unit, by_dot, gathered, crowded)
 
 
 @functools.cache
-def _tile_of(channels: int, unit: int, by_dot: bool, gathered: bool) -> Tile:
+def _tile_of(channels: int, unit: int, by_dot: bool, gathered: bool, crowded: bool) -> Tile:
     length = padded_length(channels)
     head, tail = length, 0
     if channels > 64 and length // 2 >= unit:
@@ -142,6 +143,8 @@ def _tile_of(channels: int, unit: int, by_dot: bool, gathered: bool) -> Tile:
     while by_dot and rows * (tail or head) < 16 * unit:
         rows *= 2
     each = 3072 if by_dot or gathered or length <= 4096 else 1536  # channels that a warp holds
+    if by_dot and not gathered and (length == 8192 or (crowded and length > 8192)):
+        each = 2560
     warps = power_of_2(ceil_div(rows * (head + tail), each))
     return Tile(rows, head, tail, min(max(warps, 2 if gathered else 1), 32))
 
