@@ -198,7 +198,7 @@ def check_output(
 
 def linear_cases(key: str, small: bool, call: Call) -> Iterator[dict[str, Any]]:
     sizes = (
-        ((3, 48, 128), (0, 16, 128))
+        ((3, 48, 128), (5, 37, 128), (0, 16, 128))
         if small
         else ((33, 80, 384), (1, 48, 128), (7, 37, 384), (0, 16, 128), (200, 320, 3072))
     )
@@ -227,7 +227,7 @@ def linear_cases(key: str, small: bool, call: Call) -> Iterator[dict[str, Any]]:
 
 def weight_only_cases(key: str, small: bool, call: Call) -> Iterator[dict[str, Any]]:
     rows = (1, 5) if small else (0, 1, 2, 5, 17, 64, 100)
-    n, k = (48, 128) if small else (333, 384)
+    n, k = (37, 128) if small else (333, 384)
     fmt = Format.parse(key)
     for dtype, m in product(DTYPES[:1] if small else DTYPES, rows):
         weight, weight_scale, weight_global = random_weight(n, k, fmt)
