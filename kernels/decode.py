@@ -221,7 +221,7 @@ def _launch(
             LENGTH=length,
             GROUP=fmt.group_size or length,
             ELEMENT=fmt.element,
-            SCALE=fmt.scale,
+            SCALE=fmt.stored_scale,
             GAIN=float(fmt.operand_gain),
             TO_FP8=row is not None,
             NATIVE_FP8=native_fp8(out.device),

@@ -16,6 +16,9 @@ fp8      e4m3fn byte                                           448
 int8     two's complement byte, -127..127                      127
 =======  ====================================================  =========
 
+"4over6" scales of nvfp4 are stored and read as "e4m3" ones; how a group gets its scale differs: by amax / 6 or
+amax / 4, whichever has less squared error (Cook et al., "Four Over Six", arXiv 2512.02010).
+
 int4f and int3f ("full range") use every code point. Their scales have a sign: it turns each group so that
 its largest element comes to lie on -8 (-4), the end that has no counterpart. So does Q4_0 of GGUF (ggml,
 `quantize_row_q4_0_ref` in ggml-quants.c).
@@ -51,7 +54,7 @@ _ELEMENTS: dict[str, _Element] = {
     "int3": _Element("int3", 3, 3.0, (64, 16, 32, 128), ("bf16", "pow2"), 128),
     "int4f": _Element("int4f", 4, 8.0, (64, 16, 32, 128), ("bf16",), 32),
     "int3f": _Element("int3f", 3, 4.0, (64, 16, 32, 128), ("bf16",), 64),
-    "nvfp4": _Element("e2m1", 4, 6.0, (16,), ("e4m3",), 64),
+    "nvfp4": _Element("e2m1", 4, 6.0, (16,), ("e4m3", "4over6"), 64),
     "mxfp4": _Element("e2m1", 4, 6.0, (32,), ("e8m0",), 64),
     "fp8": _Element("e4m3", 8, 448.0, (0, *INTEGER_GROUPS), ("fp32",), 1),
     "int8": _Element("int8", 8, 127.0, (0, *INTEGER_GROUPS), ("fp32",), 2),
@@ -59,12 +62,13 @@ _ELEMENTS: dict[str, _Element] = {
 FORMAT_NAMES: tuple[str, ...] = tuple(_ELEMENTS)
 
 # Bits that one stored scale takes. pow2 scales are stored as bf16 (exact), e8m0 as its uint8 byte.
-_SCALE_BITS = {"bf16": 16, "pow2": 16, "e4m3": 8, "e8m0": 8, "fp32": 32}
+_SCALE_BITS = {"bf16": 16, "pow2": 16, "e4m3": 8, "4over6": 8, "e8m0": 8, "fp32": 32}
 
 _SCALE_DTYPES = {
     "bf16": torch.bfloat16,
     "pow2": torch.bfloat16,
     "e4m3": torch.float8_e4m3fn,
+    "4over6": torch.float8_e4m3fn,
     "e8m0": torch.uint8,
     "fp32": torch.float32,
 }
@@ -77,7 +81,8 @@ class Format:
     Attributes:
         name: "int4", "int3", "int4f", "int3f", "nvfp4", "mxfp4", "fp8" or "int8".
         group_size: contiguous channels that share a scale; 0 = one scale a row (fp8 and int8 only).
-        scale: "bf16" or "pow2" (int4, int3), "bf16" (int4f, int3f), "e4m3" (nvfp4), "e8m0" (mxfp4), "fp32" (fp8, int8).
+        scale: "bf16" or "pow2" (int4, int3), "bf16" (int4f, int3f), "e4m3" or "4over6" (nvfp4), "e8m0" (mxfp4),
+            "fp32" (fp8, int8).
 
     Raises:
         FormatError: the three do not name a known format.
@@ -149,7 +154,12 @@ class Format:
     @property
     def two_level(self) -> bool:
         """Whether a per-tensor fp32 global scale multiplies the group scales (nvfp4)."""
-        return self.scale == "e4m3"
+        return self.stored_scale == "e4m3"
+
+    @property
+    def stored_scale(self) -> str:
+        """What a reader of stored scales sees: "e4m3" for "4over6", else `scale`."""
+        return "e4m3" if self.scale == "4over6" else self.scale
 
     @property
     def scale_dtype(self) -> torch.dtype:

@@ -108,7 +108,8 @@ def _e2m1_gemm_kernel(
 
 def takes_e2m1(device: torch.device, a_format: Format, weight_format: Format) -> bool:
     """Whether `device` multiplies these formats block-scaled: nvfp4 by nvfp4, or mxfp4 by mxfp4."""
-    if a_format != weight_format or a_format.element != "e2m1":
+    formats = [(f.name, f.stored_scale) for f in (a_format, weight_format)]
+    if formats[0] != formats[1] or a_format.element != "e2m1":
         return False
     return INTERPRETED or (
         device.type == "cuda" and torch.cuda.get_device_capability(device) in _CHIPS
@@ -128,7 +129,7 @@ def e2m1_gemm(
 ) -> Tensor:
     """``dequantize(a) @ dequantize(weight)^T + bias`` [M, N] in `dtype`; a bytes uint8 [M, K / 2].
 
-    Both operands are of `fmt`, see `takes_e2m1`.
+    Both operands are read as `fmt`, see `takes_e2m1`.
 
     Raises:
         KernelError, FormatError: shapes, dtypes or formats do not fit.
@@ -160,7 +161,7 @@ def e2m1_gemm(
             weight.stride(0),
             weight_scale.stride(0),
             K=channels,
-            SCALE=fmt.scale,
+            SCALE=fmt.stored_scale,
             GROUP=fmt.group_size,
             HAS_A_GLOBAL=a_global is not None,
             HAS_B_GLOBAL=weight_global is not None,

@@ -108,7 +108,7 @@ def _load_lattice(
 def takes_int8(a_format: Format, weight_format: Format) -> bool:
     """Whether `int8_gemm` multiplies these formats: integers of 8 bits, groups of 32 and more."""
     formats = (a_format, weight_format)
-    return all(f.element != "e4m3" and f.scale != "e4m3" and f.group_size != 16 for f in formats)
+    return all(f.element != "e4m3" and not f.two_level and f.group_size != 16 for f in formats)
 
 
 def int8_gemm(
@@ -154,10 +154,10 @@ def int8_gemm(
             weight.stride(0),
             weight_scale.stride(0),
             K=channels,
-            A_SCALE=a_format.scale,
+            A_SCALE=a_format.stored_scale,
             A_GROUP=a_format.group_size,
             B_ELEMENT=weight_format.element,
-            B_SCALE=weight_format.scale,
+            B_SCALE=weight_format.stored_scale,
             B_GROUP=weight_format.group_size,
             STEP=1.0 / (int8_unit(a_format) * int8_unit(weight_format)),
             HAS_BIAS=bias is not None,

@@ -172,7 +172,7 @@ def gemv(
             HAS_GLOBAL=weight_global is not None,
             HAS_BIAS=bias is not None,
             ELEMENT=fmt.element,
-            SCALE=fmt.scale,
+            SCALE=fmt.stored_scale,
             GROUP=fmt.group_size,
             DOT=tl.float32 if INTERPRETED else dot,
             BLOCK_M=max(8, power_of_2(count)),

@@ -51,6 +51,33 @@ def largest(x, axis: tl.constexpr, ELEMENT: tl.constexpr):
 
 
 @triton.jit
+def _e4m3_scales(amax, global_scale, TOP: tl.constexpr):
+    """What `group_scales` returns for nvfp4."""
+    one = tl.full(amax.shape, 1.0, tl.float32)
+    whole = one * global_scale
+    inverse_whole = tl.div_rn(one, whole)
+    scale = divide_rounded(divide_rounded(amax, TOP, 1.0 / TOP), whole, inverse_whole)
+    limited = tl.minimum(tl.maximum(scale, _E4M3_TINY), _E4M3_MAX)
+    limited = tl.where(scale == scale, limited, scale)
+    # Group-level, so the integer form costs little and runs on every chip.
+    stored = e4m3_byte(limited, False).to(tl.int32)
+    divisor = e4m3_value(stored)
+    inverse = tl.div_rn(inverse_whole, divisor)
+    return stored, divisor, inverse, global_scale * divisor
+
+
+@triton.jit
+def _lost(groups, inverse, ratio, TOP: tl.constexpr):
+    """Squared error [R, G] of e2m1 elements of groups [R, G, g] * inverse, times ratio squared, in steps of 2^-12."""
+    # Magnitudes: nothing that could be contracted with the product into one rounding.
+    size = tl.abs(groups * inverse[:, :, None])
+    lost = size - round_float_lattice(tl.minimum(size, TOP), 0, 1)
+    lost = lost * ratio[:, :, None]
+    # Integers below 2^24: exact in any order of summation.
+    return tl.sum(round_integer(lost * lost * 4096.0), axis=2)
+
+
+@triton.jit
 def group_scales(
     groups, amax, global_scale, ELEMENT: tl.constexpr, SCALE: tl.constexpr, TOP: tl.constexpr
 ):
@@ -74,17 +101,19 @@ def group_scales(
         inverse = tl.where(nan, amax, inverse)
         return tl.where(nan, 255, exponent), divisor, inverse, value
     elif SCALE == "e4m3":
+        return _e4m3_scales(amax, global_scale, TOP)
+    elif SCALE == "4over6":
+        six = _e4m3_scales(amax, global_scale, TOP)
+        four = _e4m3_scales(amax * 1.5, global_scale, TOP)
         one = tl.full(amax.shape, 1.0, tl.float32)
-        whole = one * global_scale
-        inverse_whole = tl.div_rn(one, whole)
-        scale = divide_rounded(divide_rounded(amax, TOP, 1.0 / TOP), whole, inverse_whole)
-        limited = tl.minimum(tl.maximum(scale, _E4M3_TINY), _E4M3_MAX)
-        limited = tl.where(scale == scale, limited, scale)
-        # Group-level, so the integer form costs little and runs on every chip.
-        stored = e4m3_byte(limited, False).to(tl.int32)
-        divisor = e4m3_value(stored)
-        inverse = tl.div_rn(inverse_whole, divisor)
-        return stored, divisor, inverse, global_scale * divisor
+        ratio = tl.div_rn(four[1], six[1])
+        better = _lost(groups, four[2], ratio, TOP) < _lost(groups, six[2], one, TOP)
+        return (
+            tl.where(better, four[0], six[0]),
+            tl.where(better, four[1], six[1]),
+            tl.where(better, four[2], six[2]),
+            tl.where(better, four[3], six[3]),
+        )
     elif SCALE == "pow2":
         below = float_of(bits_of(amax) & 0x7F800000)
         scale = tl.maximum(below * (0.25 if TOP == 7.0 else 0.5), _SCALE_FLOOR)
@@ -132,7 +161,7 @@ def round_elements(
 
     LATER: e4m3 elements only, not rounded yet: the caller makes e4m3 of them as they are.
     """
-    if SCALE == "e4m3" or SCALE == "e8m0" or SCALE == "pow2":
+    if SCALE == "e4m3" or SCALE == "4over6" or SCALE == "e8m0" or SCALE == "pow2":
         # nvfp4 is defined by the product; the other two have powers of two, where it is exact.
         scaled = groups * inverse[:, :, None]
     else:

@@ -165,7 +165,7 @@ def quantize_rows_store(
     bytes of a CARRIER, and scale (`carriers`: [M, CHANNELS / GROUP] in its storage dtype, or fp32
     [M] for "e4m3"), `live` [ROWS] tells which of them exist.
     """
-    if SCALE == "e4m3" and CARRIER != "e4m3":
+    if (SCALE == "e4m3" or SCALE == "4over6") and CARRIER != "e4m3":
         scale_ptr = as_bytes(scale_ptr)
     global_scale = 1.0
     if HAS_GLOBAL:

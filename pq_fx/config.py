@@ -15,6 +15,7 @@ from pq_fx.config_values import (
     activation_format,
     format_or_key,
     fractions,
+    four_over_six,
     full_range,
     integer,
     listed,
@@ -166,7 +167,10 @@ class QuantConfig:
     def activation(self) -> Format | None:
         """Format of the activations, or None when they stay in 16 bits."""
         found = activation_format(self.activation_format, self.activation_group_size, self.weight)
-        return None if found is None else self.ranged(found)
+        if found is None:
+            return None
+        found = self.ranged(found)
+        return four_over_six(found) if self.recipe.four_over_six else found
 
     @property
     def weight_only(self) -> Format:

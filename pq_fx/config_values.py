@@ -70,6 +70,11 @@ def full_range(fmt: Format) -> Format:
     return fmt if name is None or fmt.scale != "bf16" else replace(fmt, name=name)
 
 
+def four_over_six(fmt: Format) -> Format:
+    """nvfp4 with the scale rule "4over6", which suits quantizing at run time; other formats as they are."""
+    return replace(fmt, scale="4over6") if fmt.name == "nvfp4" else fmt
+
+
 def listed(names: Iterable[Any]) -> str:
     """Names in quotes, for messages."""
     return ", ".join(repr(name) for name in names)

@@ -30,6 +30,7 @@ class Method:
         correct_bias: the mean output error on the sampled rows goes into the linear's bias.
         center: the means of a tensor's channels are taken off where its producer's bias does it (passes/balance.py).
         full_range: int4 and int3 become int4f and int3f: all 16 (8) levels, by scales that have a sign.
+        four_over_six: nvfp4 activations take each group's scale from amax / 6 or amax / 4, whichever has less error.
         balance: channels of a tensor and of its weights made alike in size, where the producer takes the scale.
         smooth: move magnitude from activations to weights (SmoothQuant, arXiv 2211.10438); excludes center, balance.
         low_rank: rank of a 16-bit branch beside the quantized weight (SVDQuant, arXiv 2411.05007).
@@ -46,6 +47,7 @@ class Method:
     center: bool = False
     balance: bool = False
     full_range: bool = False
+    four_over_six: bool = False
     smooth: bool = False
     low_rank: int = 0
 
@@ -83,6 +85,7 @@ METHODS: dict[str, Method] = {
         center=True,
         balance=True,
         full_range=True,
+        four_over_six=True,
     ),
 }
 

@@ -138,6 +138,8 @@ def clips(fmt: Format | None) -> tuple[float, ...]:
     """
     if fmt is None:
         return ()
+    if fmt.scale == "4over6":
+        return ()  # each group chooses by itself
     if fmt.element == "e2m1":
         return (0.9, 1.15, 1.33, 1.5) if fmt.scale == "e8m0" else (0.9, 1.1, 1.25, 1.5)
     if fmt.full_range:
