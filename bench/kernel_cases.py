@@ -29,6 +29,7 @@ KEYS = (
     "int4f:16:bf16",
     "int3f:32:bf16",
     "nvfp4:16:e4m3",
+    "nvfp4:16:4over6",
     "mxfp4:32:e8m0",
     "fp8:0:fp32",
     "fp8:64:fp32",
@@ -36,7 +37,7 @@ KEYS = (
     "int8:32:fp32",
 )
 LONG_ROW_KEYS = ("int4:64:bf16", "nvfp4:16:e4m3", "fp8:0:fp32")
-SMALL_KEYS = ("int4:64:bf16", "int3:32:pow2", "int4f:64:bf16", "nvfp4:16:e4m3")
+SMALL_KEYS = ("int4:64:bf16", "int3:32:pow2", "int4f:64:bf16", "nvfp4:16:e4m3", "nvfp4:16:4over6")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

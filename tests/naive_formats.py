@@ -56,7 +56,7 @@ def quantize_group(
 ) -> tuple[list[int], float, list[float]]:
     """(code points, scale as a factor, values) of one group; no search over scales.
 
-    pow2 is not decided here: `pow2_candidates` gives its two scales.
+    Not decided here are pow2 (`pow2_candidates` gives its two scales) and 4over6 (`nvfp4_group` with 1 and 1.5).
     """
     amax = max(abs(v) for v in x)
     if name in ("int4f", "int3f"):
@@ -89,18 +89,28 @@ def quantize_group(
         scale = 2.0**exponent
         scaled = [f32(v / max(scale, 2.0**-126)) for v in x]
     else:
-        tensor_scale = 1.0 if global_scale is None else global_scale
-        wanted = f32(f32(amax / 6) / tensor_scale)
-        stored = E4M3[nearest_code(max(2.0**-6, wanted), E4M3)]
-        factor = f32(f32(1 / tensor_scale) / stored)
-        scale = f32(tensor_scale * stored)
-        scaled = [f32(v * factor) for v in x]
+        return nvfp4_group(x, global_scale)
     codes = [nearest_code(abs(v), E2M1) + (8 if math.copysign(1, v) < 0 else 0) for v in scaled]
-    return (
-        codes,
-        scale,
-        [math.copysign(E2M1[c % 8], v) * scale for c, v in zip(codes, x, strict=True)],
-    )
+    return codes, scale, e2m1_values(codes, x, scale)
+
+
+def nvfp4_group(
+    x: list[float], global_scale: float | None = None, ratio: float = 1.0
+) -> tuple[list[int], float, list[float]]:
+    """As `quantize_group`, the scale from ratio * amax / 6: a ratio of 1.5 puts the largest element on 4."""
+    tensor_scale = 1.0 if global_scale is None else global_scale
+    wanted = f32(f32(f32(max(abs(v) for v in x) * ratio) / 6) / tensor_scale)
+    stored = E4M3[nearest_code(max(2.0**-6, wanted), E4M3)]
+    factor = f32(f32(1 / tensor_scale) / stored)
+    scaled = [f32(v * factor) for v in x]
+    codes = [nearest_code(abs(v), E2M1) + (8 if math.copysign(1, v) < 0 else 0) for v in scaled]
+    scale = f32(tensor_scale * stored)
+    return codes, scale, e2m1_values(codes, x, scale)
+
+
+def e2m1_values(codes: list[int], x: list[float], scale: float) -> list[float]:
+    """Values of e2m1 code points with the signs of x."""
+    return [math.copysign(E2M1[c % 8], v) * scale for c, v in zip(codes, x, strict=True)]
 
 
 def pow2_candidates(x: list[float], top: int) -> tuple[float, float]:

@@ -14,8 +14,8 @@ from pq_fx.kernels.ops import _TRITON
 from pq_fx.kernels.reference import Quantized, dequantize
 
 KEYS = (
-    "int4:64:bf16", "int4:16:pow2", "int3:64:bf16", "int3f:64:bf16", "nvfp4:16:e4m3", "mxfp4:32:e8m0", "fp8:0:fp32",
-    "fp8:64:fp32", "int8:0:fp32",
+    "int4:64:bf16", "int4:16:pow2", "int3:64:bf16", "int3f:64:bf16", "nvfp4:16:e4m3", "nvfp4:16:4over6",
+    "mxfp4:32:e8m0", "fp8:0:fp32", "fp8:64:fp32", "int8:0:fp32",
 )  # fmt: skip
 # Op -> the arguments between x and perm.
 FIRST: dict[str, tuple] = {

@@ -19,6 +19,7 @@ KEYS = (
     "int8:0:fp32",
     "int4f:32:bf16",
     "nvfp4:16:e4m3",
+    "nvfp4:16:4over6",
     "mxfp4:32:e8m0",
     "fp8:0:fp32",
 )
@@ -45,7 +46,11 @@ def weight_of(key: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torc
 
 def test_what_carries_what() -> None:
     assert [k for c, k in EXACT if c == "int8"] == [*KEYS[:4], "mxfp4:32:e8m0"]
-    assert [k for c, k in EXACT if c == "e2m1"] == ["nvfp4:16:e4m3", "mxfp4:32:e8m0"]
+    assert [k for c, k in EXACT if c == "e2m1"] == [
+        "nvfp4:16:e4m3",
+        "nvfp4:16:4over6",
+        "mxfp4:32:e8m0",
+    ]
     x = torch.randn(2, K)
     for carrier, key in (
         ("int8", "fp8:0:fp32"),
@@ -102,10 +107,10 @@ def test_fakes(carrier: str, key: str) -> None:
 @pytest.mark.parametrize(
     ("capability", "found"),
     [
-        ((8, 0), ["int8", "int8", "int8", "int8", "codes", "int8", "codes"]),
-        ((9, 0), ["e4m3"] * 7),
-        ((10, 0), ["codes", "codes", "codes", "codes", "e2m1", "e2m1", "codes"]),
-        ((12, 0), ["codes", "codes", "codes", "codes", "e2m1", "e2m1", "codes"]),
+        ((8, 0), [*["int8"] * 4, "codes", "codes", "int8", "codes"]),
+        ((9, 0), ["e4m3"] * 8),
+        ((10, 0), [*["codes"] * 4, "e2m1", "e2m1", "e2m1", "codes"]),
+        ((12, 0), [*["codes"] * 4, "e2m1", "e2m1", "e2m1", "codes"]),
     ],
 )
 def test_the_carrier_of_a_module_is_the_devices(

@@ -244,14 +244,27 @@ def test_configs_compare_and_hash():
         ({"activation_format": "fp8"}, "int4f:64:bf16", "fp8:0:fp32", "int4f:64:bf16"),
         ({"activation_format": "int4:32:bf16"}, "int4f:64:bf16", "int4f:32:bf16", "int4f:64:bf16"),
         ({"scale": "pow2"}, "int4:64:pow2", "int4:64:pow2", "int4f:64:bf16"),
-        ({"format": "nvfp4"}, "nvfp4:16:e4m3", "nvfp4:16:e4m3", "int4f:64:bf16"),
+        ({"format": "nvfp4"}, "nvfp4:16:e4m3", "nvfp4:16:4over6", "int4f:64:bf16"),
+        ({"activation_format": "nvfp4"}, "int4f:64:bf16", "nvfp4:16:4over6", "int4f:64:bf16"),
+        (
+            {"format": "nvfp4", "parts": {"four_over_six": False}},
+            "nvfp4:16:e4m3",
+            "nvfp4:16:e4m3",
+            "int4f:64:bf16",
+        ),
+        (
+            {"method": "rtn", "format": "nvfp4:16:4over6"},
+            "nvfp4:16:4over6",
+            "nvfp4:16:4over6",
+            "int4:64:bf16",
+        ),
         ({"weight_only_format": "int8"}, "int4f:64:bf16", "int4f:64:bf16", "int8:0:fp32"),
         ({"parts": {"full_range": False}}, "int4:64:bf16", "int4:64:bf16", "int4:64:bf16"),
         ({"method": "rtn"}, "int4:64:bf16", "int4:64:bf16", "int4:64:bf16"),
         ({"method": "rtn", "format": "int4f"}, "int4f:64:bf16", "int4f:64:bf16", "int4:64:bf16"),
     ],
 )
-def test_the_range_of_integers_is_a_part(settings, weight, activation, weight_only):
+def test_ranges_and_rules_of_scales_are_parts(settings, weight, activation, weight_only):
     config = QuantConfig(**({"method": "best"} | settings))
     assert config.weight.key == weight
     assert config.activation.key == activation

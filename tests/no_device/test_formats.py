@@ -15,7 +15,7 @@ TABLE = {
     "int3": ("int3", 3, 3, (16, 32, 64, 128), ("bf16", "pow2")),
     "int4f": ("int4f", 4, 8, (16, 32, 64, 128), ("bf16",)),
     "int3f": ("int3f", 3, 4, (16, 32, 64, 128), ("bf16",)),
-    "nvfp4": ("e2m1", 4, 6, (16,), ("e4m3",)),
+    "nvfp4": ("e2m1", 4, 6, (16,), ("e4m3", "4over6")),
     "mxfp4": ("e2m1", 4, 6, (32,), ("e8m0",)),
     "fp8": ("e4m3", 8, 448, (0, 16, 32, 64, 128), ("fp32",)),
     "int8": ("int8", 8, 127, (0, 16, 32, 64, 128), ("fp32",)),
@@ -53,7 +53,7 @@ def test_names_and_defaults() -> None:
 
 
 def test_every_other_group_and_scale_is_refused() -> None:
-    scales = ("bf16", "pow2", "e4m3", "e8m0", "fp32", "")
+    scales = ("bf16", "pow2", "e4m3", "4over6", "e8m0", "fp32", "")
     for name, group, scale in itertools.product(TABLE, (0, 8, 16, 32, 48, 64, 128, 256), scales):
         known = TABLE[name]
         if group in known[3] and scale in known[4]:
@@ -87,6 +87,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
         ("int3:64:bf16", 3.25),
         ("int3:128:pow2", 3.125),
         ("nvfp4:16:e4m3", 4.5),
+        ("nvfp4:16:4over6", 4.5),
         ("mxfp4:32:e8m0", 4.25),
         ("fp8:0:fp32", 8.0),
         ("int8:64:fp32", 8.5),

@@ -33,7 +33,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # or a whole step at the short end of int3f.
 HALF_STEP = {
     "int4:64:bf16": 1 / 14 + 2**-8, "int4:16:pow2": 1 / 2, "int3:64:bf16": 1 / 6 + 2**-8,
-    "int3f:64:bf16": 1 / 4 + 2**-7, "nvfp4:16:e4m3": 1 / 6 + 2**-3, "mxfp4:32:e8m0": 1 / 2,
+    "int3f:64:bf16": 1 / 4 + 2**-7, "nvfp4:16:e4m3": 1 / 6 + 2**-3, "nvfp4:16:4over6": 1 / 6 + 2**-3,
+    "mxfp4:32:e8m0": 1 / 2,
     "fp8:0:fp32": 2**-4, "fp8:64:fp32": 2**-4, "int8:0:fp32": 1 / 254,
 }  # fmt: skip
 CASES = st.fixed_dictionaries(

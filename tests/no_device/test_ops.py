@@ -32,6 +32,7 @@ KEYS = (
     "int3:64:bf16",
     "int4f:64:bf16",
     "nvfp4:16:e4m3",
+    "nvfp4:16:4over6",
     "mxfp4:32:e8m0",
     "fp8:0:fp32",
 )

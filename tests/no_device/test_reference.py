@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_formats import hadamard, integer_group, pow2_candidates, quantize_group
+from naive_formats import hadamard, integer_group, nvfp4_group, pow2_candidates, quantize_group
 from torch import Tensor
 
 from pq_fx.errors import FormatError
@@ -38,6 +38,7 @@ KEYS = (
     "int4f:64:bf16",
     "int3f:16:bf16",
     "nvfp4:16:e4m3",
+    "nvfp4:16:4over6",
     "mxfp4:32:e8m0",
     "fp8:0:fp32",
     "fp8:32:fp32",
@@ -86,6 +87,15 @@ def test_against_a_loop(key: str, dtype: torch.dtype) -> None:
                 assert errors[choices.index(scales[i])] <= min(errors) + slack
                 integers, expected = integer_group(group, top, scales[i])
                 want = [abs(v) + (top + 1 if v < 0 else 0) for v in integers]
+            elif fmt.scale == "4over6":
+                number = None if global_scale is None else global_scale.item()
+                six, four = (nvfp4_group(group, number, ratio) for ratio in (1.0, 1.5))
+                assert scales[i] in (six[1], four[1])
+                want, _, expected = four if scales[i] == four[1] else six
+                least = min(math.dist(group, found[2]) ** 2 for found in (six, four))
+                assert (
+                    math.dist(group, expected) ** 2 <= least + len(group) * 2.0**-13 * six[1] ** 2
+                )
             else:
                 number = None if global_scale is None else global_scale.item()
                 want, scale, expected = quantize_group(group, fmt.name, fmt.scale, number)
