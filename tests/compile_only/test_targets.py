@@ -131,7 +131,7 @@ def test_rows_stay_in_registers(rotation: int, permute: bool) -> None:
 def test_act_quantize(chip: int) -> None:
     flags = {"ACT": "gelu_tanh", "HAS_GATE": True, "HAS_PERM": True, "HAS_GLOBAL": True}
     flags |= {"HAS_CLIP": True, "BEFORE": 256}
-    constants = row_constants("nvfp4:16:e4m3", "codes", chip, 768, **flags)
+    constants = row_constants("nvfp4:16:4over6", "codes", chip, 768, **flags)
     kernel = kernels("activation_quantize")._act_quantize_kernel
     types = {**ROW_TYPES, "scale_ptr": "*u8"}
     check_target(compile_kernel(kernel, chip, constants, types, num_warps=4), chip)

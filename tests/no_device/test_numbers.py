@@ -249,7 +249,7 @@ def test_the_kernels_agree_about_it(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found == {"compared": 108, "different": [], "ties": [True] * 4}
+    assert found == {"compared": 120, "different": [], "ties": [True] * 4}
     assert callable(not_finite_agrees)
 
 
