@@ -283,8 +283,8 @@ def test_clip_is_a_smaller_amax_and_a_saturation(key: str) -> None:
         permute_rotate(x, perm, rotation), Format.parse(key), global_scale=g, scale_search=(0.75,)
     )
     assert torch.equal(clipped, want)
-    # Where scales are no powers of two, the row's largest value is cut off at 0.75 of itself.
-    if not key.startswith(("mxfp4", "int4:32")):
+    # Where scales are no powers of two and groups do not choose, the row's largest value is cut off at 0.75 of itself.
+    if not key.startswith(("mxfp4", "int4:32", "nvfp4:16:4over6")):
         ratio = clipped.abs().amax() / plain.abs().amax()
         assert 0.65 < ratio < 0.85  # e4m3 scales are 6 % coarse
 
