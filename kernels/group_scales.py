@@ -15,7 +15,6 @@ from pq_fx.kernels.rounding import (
     clamp_symmetric,
     divide_rounded,
     e4m3_byte,
-    e4m3_value,
     float_of,
     reciprocal,
     round_bfloat16,
@@ -51,30 +50,28 @@ def largest(x, axis: tl.constexpr, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _e4m3_scales(amax, global_scale, TOP: tl.constexpr):
-    """What `group_scales` returns for nvfp4."""
-    one = tl.full(amax.shape, 1.0, tl.float32)
-    whole = one * global_scale
-    inverse_whole = tl.div_rn(one, whole)
-    scale = divide_rounded(divide_rounded(amax, TOP, 1.0 / TOP), whole, inverse_whole)
+def _e4m3_scales(scale, inverse_whole, global_scale):
+    """What `group_scales` returns for nvfp4, from scales that are not rounded yet."""
     limited = tl.minimum(tl.maximum(scale, _E4M3_TINY), _E4M3_MAX)
-    limited = tl.where(scale == scale, limited, scale)
-    # Group-level, so the integer form costs little and runs on every chip.
-    stored = e4m3_byte(limited, False).to(tl.int32)
-    divisor = e4m3_value(stored)
-    inverse = tl.div_rn(inverse_whole, divisor)
+    # Positive and normal in e4m3, so its bits are the upper ones of fp32's, rounded to nearest even.
+    bits = bits_of(limited)
+    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+    finite = scale == scale
+    stored = tl.where(finite, (bits >> 20) - (120 << 3), 0x7F)
+    divisor = tl.where(finite, float_of(bits), scale)
+    inverse = divide_rounded(inverse_whole, divisor, reciprocal(divisor))
     return stored, divisor, inverse, global_scale * divisor
 
 
 @triton.jit
-def _lost(groups, inverse, ratio, TOP: tl.constexpr):
-    """Squared error [R, G] of e2m1 elements of groups [R, G, g] * inverse, times ratio squared, in steps of 2^-12."""
+def _lost(groups, divisor, inverse, TOP: tl.constexpr):
+    """Squared error [R, G] of e2m1 elements of groups [R, G, g]."""
     # Magnitudes: nothing that could be contracted with the product into one rounding.
     size = tl.abs(groups * inverse[:, :, None])
     lost = size - round_float_lattice(tl.minimum(size, TOP), 0, 1)
-    lost = lost * ratio[:, :, None]
-    # Integers below 2^24: exact in any order of summation.
-    return tl.sum(round_integer(lost * lost * 4096.0), axis=2)
+    # Integers: exact in any order of summation.
+    lost = round_integer(lost * 64.0)
+    return tl.sum(lost * lost, axis=2) * (divisor * divisor)
 
 
 @triton.jit
@@ -100,20 +97,23 @@ def group_scales(
         inverse = float_of(tl.where(whole == 254, 1 << 22, (254 - whole) << 23))
         inverse = tl.where(nan, amax, inverse)
         return tl.where(nan, 255, exponent), divisor, inverse, value
-    elif SCALE == "e4m3":
-        return _e4m3_scales(amax, global_scale, TOP)
-    elif SCALE == "4over6":
-        six = _e4m3_scales(amax, global_scale, TOP)
-        four = _e4m3_scales(amax * 1.5, global_scale, TOP)
+    elif SCALE == "e4m3" or SCALE == "4over6":
         one = tl.full(amax.shape, 1.0, tl.float32)
-        ratio = tl.div_rn(four[1], six[1])
-        better = _lost(groups, four[2], ratio, TOP) < _lost(groups, six[2], one, TOP)
-        return (
-            tl.where(better, four[0], six[0]),
-            tl.where(better, four[1], six[1]),
-            tl.where(better, four[2], six[2]),
-            tl.where(better, four[3], six[3]),
-        )
+        whole = one * global_scale
+        inverse_whole = tl.div_rn(one, whole)
+        scale = divide_rounded(divide_rounded(amax, TOP, 1.0 / TOP), whole, inverse_whole)
+        six = _e4m3_scales(scale, inverse_whole, global_scale)
+        if SCALE == "e4m3":
+            return six
+        else:
+            four = _e4m3_scales(scale * 1.5, inverse_whole, global_scale)
+            better = _lost(groups, four[1], four[2], TOP) < _lost(groups, six[1], six[2], TOP)
+            return (
+                tl.where(better, four[0], six[0]),
+                tl.where(better, four[1], six[1]),
+                tl.where(better, four[2], six[2]),
+                tl.where(better, four[3], six[3]),
+            )
     elif SCALE == "pow2":
         below = float_of(bits_of(amax) & 0x7F800000)
         scale = tl.maximum(below * (0.25 if TOP == 7.0 else 0.5), _SCALE_FLOOR)

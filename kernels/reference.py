@@ -233,10 +233,13 @@ def _group_scale(groups: Tensor, amax: Tensor, fmt: Format, global_scale: Tensor
         # OCP MX v1.0 section 6.3: floor(log2(amax)) - 2, 2 being e2m1's largest exponent.
         exponent = ((amax.contiguous().view(torch.int32) >> 23) & 255) - 2
         return torch.where(amax.isnan(), 255, exponent.clamp(min=0)).to(torch.uint8)
-    if fmt.scale == "4over6":
-        return _four_over_six(groups, amax, fmt, global_scale)
     if fmt.two_level:
-        return _e4m3_scale(amax, fmt, global_scale)
+        scale = _divide(amax, fmt.max_value)
+        if global_scale is not None:
+            scale = scale / global_scale.float()
+        if fmt.scale == "4over6":
+            return _four_over_six(groups, scale, fmt, global_scale)
+        return _e4m3_scale(scale)
     if fmt.scale == "pow2":
         return _pow2_scale(groups, amax, fmt)
     if fmt.full_range:
@@ -247,28 +250,24 @@ def _group_scale(groups: Tensor, amax: Tensor, fmt: Format, global_scale: Tensor
     return round_bf16(scale).to(torch.bfloat16) if fmt.scale == "bf16" else scale
 
 
-def _e4m3_scale(amax: Tensor, fmt: Format, global_scale: Tensor | None) -> Tensor:
-    scale = _divide(amax, fmt.max_value)
-    if global_scale is not None:
-        scale = scale / global_scale.float()
+def _e4m3_scale(scale: Tensor) -> Tensor:
     return scale.clamp(min=E4M3_TINY, max=E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def _four_over_six(
-    groups: Tensor, amax: Tensor, fmt: Format, global_scale: Tensor | None
+    groups: Tensor, scale: Tensor, fmt: Format, global_scale: Tensor | None
 ) -> Tensor:
-    """The largest element on 6, or on 4 where that has less squared error: e2m1 has nothing between the two.
+    """`scale` fp32, which puts the largest element on 6, or 1.5 times that where it has less squared error: the largest
+    element comes to lie on 4, and e2m1 has nothing between the two.
 
-    Compared are sums of round((x / s - q)^2 * 2^12), s the scale for 6: integers, exact in any order of summation.
+    Errors are counted in 1/64 of an element: sums of integers, exact in any order of summation.
     """
-    six = _e4m3_scale(amax, fmt, global_scale)
-    four = _e4m3_scale(amax * 1.5, fmt, global_scale)
+    six, four = _e4m3_scale(scale), _e4m3_scale(scale * 1.5)
     errors = []
-    for scale in (six, four):
-        scaled = _scaled(groups, scale, fmt, global_scale)
-        lost = scaled.abs() - nearest_elements(scaled, fmt).abs()
-        lost = lost * (scale.float() / six.float())
-        errors.append((lost * lost * 4096.0).round().sum(dim=-1, keepdim=True))
+    for tried in (six, four):
+        scaled = _scaled(groups, tried, fmt, global_scale)
+        lost = ((scaled.abs() - nearest_elements(scaled, fmt).abs()) * 64.0).round()
+        errors.append((lost * lost).sum(dim=-1, keepdim=True) * tried.float().square())
     chosen = torch.where(errors[1] < errors[0], four.float(), six.float())
     return chosen.to(torch.float8_e4m3fn)
 

@@ -99,7 +99,7 @@ def nvfp4_group(
 ) -> tuple[list[int], float, list[float]]:
     """As `quantize_group`, the scale from ratio * amax / 6: a ratio of 1.5 puts the largest element on 4."""
     tensor_scale = 1.0 if global_scale is None else global_scale
-    wanted = f32(f32(f32(max(abs(v) for v in x) * ratio) / 6) / tensor_scale)
+    wanted = f32(f32(f32(max(abs(v) for v in x) / 6) / tensor_scale) * ratio)
     stored = E4M3[nearest_code(max(2.0**-6, wanted), E4M3)]
     factor = f32(f32(1 / tensor_scale) / stored)
     scaled = [f32(v * factor) for v in x]

@@ -94,7 +94,7 @@ def test_against_a_loop(key: str, dtype: torch.dtype) -> None:
                 want, _, expected = four if scales[i] == four[1] else six
                 least = min(math.dist(group, found[2]) ** 2 for found in (six, four))
                 assert (
-                    math.dist(group, expected) ** 2 <= least + len(group) * 2.0**-13 * six[1] ** 2
+                    math.dist(group, expected) ** 2 <= least + len(group) * 2.0**-6 * four[1] ** 2
                 )
             else:
                 number = None if global_scale is None else global_scale.item()
