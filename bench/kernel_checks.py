@@ -67,7 +67,7 @@ def check_quantized(
     # fp32 scales differ by sums in another order; a step of a 16-bit value is at least 2^-11.
     apart = (scale.double() - expected_scale.double()).abs()
     moved = apart > (1e-5 if allowed > 0.0 else 0.0) * expected_scale.double().abs()
-    if not _one_step(scale, expected_scale):
+    if not _one_step(scale, expected_scale, Format.parse(args[-3])):
         raise CheckFailed(f"{case}: a scale is more than a step off")
     if moved.any():
         different &= ~moved.repeat_interleave(different.shape[-1] // scale.shape[-1], dim=-1)
@@ -81,16 +81,20 @@ def check_quantized(
     return {"case": case, "codes_differ": share, "scales_differ": scales, "allowed": allowed}
 
 
-def _one_step(scale: Tensor, expected: Tensor) -> bool:
+def _one_step(scale: Tensor, expected: Tensor, fmt: Format) -> bool:
     """Whether scales are a step apart at most: a power of two, or what a bf16 step of the largest value makes.
 
-    Signs do not count: that of int4f's goes with the larger of two elements a step apart.
+    Signs do not count: that of int4f's goes with the larger of two elements a step apart. Under 4over6 a step of an
+    element can turn the choice between two scales, of which one is 1.5 times the other.
     """
     if scale.dtype == torch.uint8:  # e8m0 exponents
         return bool(((scale.int() - expected.int()).abs() <= 1).all())
     found, wanted = scale.double().abs(), expected.double().abs()
     part = 2.0**-3 if scale.dtype == torch.float8_e4m3fn else 2.0**-6
     near = (found - wanted).abs() <= part * wanted.abs()
+    if fmt.scale == "4over6":
+        for other in (1.5 * wanted, wanted / 1.5):
+            near |= (found - other).abs() <= part * other
     return bool((near | (found == 2 * wanted) | (2 * found == wanted)).all())
 
 
