@@ -59,12 +59,13 @@ class QuantConfig:
         group_size: contiguous channels that share a scale; None = the format's own default.
         activation_format: "same" as the weights, another format, or None for 16-bit activations.
         activation_group_size: None = the weights' for "same", else that format's default.
-        scale: "bf16" or "pow2" scales of int4 and int3; None = the format's default.
+        scale: "bf16" or "pow2" scales of int4 and int3, "e4m3" or "4over6" of nvfp4; None = the format's default.
         method: "rtn" (round to nearest), "smoothquant", "svdquant" (smoothing and a 16-bit branch
             of rank 32), "convrot" (rotation only), "permuquant" (sort), "permuquant-h" (sort, then
             rotation), "best" (permuquant-h with refined orders, clipped activations, weights
-            rounded with error compensation and searched scales, int4 and int3 as int4f and int3f:
-            dearer to convert, nothing at run time). pq_fx/methods.py has the table.
+            rounded with error compensation and searched scales, int4 and int3 as int4f and int3f,
+            activations in nvfp4 with "4over6" scales: dearer to convert; at run time the same
+            kernels, of which those that quantize to nvfp4 take longer). pq_fx/methods.py has the table.
         parts: entries of the method's row to change, e.g. ``{"clip": False}``.
         budget_bits: average bits a weight may take, scales included; layers then get int3, int4 or
             int8 weights by their measured sensitivity (`format` is what a layer starts from).

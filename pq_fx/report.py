@@ -225,10 +225,12 @@ class Report:
 
 
 def _older_recipe(config: QuantConfig, layers: Sequence[LayerReport]) -> dict[str, Any]:
-    """What a report from before `recipe` meant: before full ranges `best` gave int4 and int3, as its rows show."""
+    """What a report from before `recipe` meant: before full ranges `best` gave int4 and int3, as its rows show, and
+    nvfp4 had no other scales."""
     keys = (key for row in layers for key in (row.format, row.activation_format))
     names = {key.split(":")[0] for key in keys if key is not None and key.endswith(":bf16")}
     recipe = parts_on(config.recipe)
+    recipe.pop("four_over_six", None)
     if not names.isdisjoint(FULL_RANGE) and names.isdisjoint(FULL_RANGE.values()):
         recipe.pop("full_range", None)
     return recipe

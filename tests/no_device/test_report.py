@@ -66,8 +66,10 @@ def test_an_older_report_says_what_its_settings_meant(fmt):
     loaded = Report.from_dict(plain)
     assert loaded.layers == (row,)
     old = fmt == "int4:64:bf16"
-    assert loaded.config.recipe.full_range != old and loaded.config.weight.key == fmt
-    assert (loaded.config == config) != old
+    assert loaded.config.recipe.full_range != old and not loaded.config.recipe.four_over_six
+    assert loaded.config.weight.key == loaded.config.activation.key == fmt
+    parts = {"four_over_six": False, **({"full_range": False} if old else {})}
+    assert loaded.config == replace(config, parts=parts)
 
 
 def test_a_report_names_the_parts_of_its_method():
