@@ -1,6 +1,6 @@
 """Device functions of group quantization: scales from largest magnitudes, elements on their lattice.
 
-They follow `pq_fx.kernels.reference` step by step, so equal fp32 inputs give equal bytes.
+They follow `pq_fx.kernels.scale_rules` and `pq_fx.kernels.values` step by step, so equal fp32 inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from pq_fx.kernels.codes import full_range, packed_bits
-from pq_fx.kernels.reference import E4M3_MAX, E4M3_TINY, SCALE_FLOOR
 from pq_fx.kernels.rounding import (
     bits_of,
     clamp_symmetric,
@@ -22,6 +21,8 @@ from pq_fx.kernels.rounding import (
     round_integer,
 )
 from pq_fx.kernels.rows import INTERPRETED
+from pq_fx.kernels.scale_rules import E4M3_TINY, SCALE_FLOOR
+from pq_fx.kernels.values import E4M3_MAX
 
 _SCALE_FLOOR = tl.constexpr(SCALE_FLOOR)
 _E4M3_TINY = tl.constexpr(E4M3_TINY)
