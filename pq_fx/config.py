@@ -85,7 +85,8 @@ class QuantConfig:
         alike_blocks: what plays one role in several blocks is rotated alike (the blocks vote), and
             has an order, a clip or a smoothing in all of them or in none, so that
             `compile_repeated_blocks` compiles a block once and not once for each mixture.
-        calibration_rows: rows (tokens) of each linear's input that calibration keeps.
+        calibration_rows: rows (tokens) of each linear's input that calibration keeps. With "best" 4096 of a few hundred
+            prompts are worth their memory (docs/measurements.md).
         seed: of the choice of those rows; equal seeds and calls give equal results.
 
     Raises:
