@@ -15,14 +15,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 import pq_fx
-from pq_fx.demo import load_model, load_prompts, sample
+from pq_fx.demo import load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fidelity
@@ -74,11 +73,8 @@ FLOAT: dict[str, dict[str, str]] = {
 
 def statistics(model: nn.Module, rows: int = 1024, prompts: int = 32, steps: int = 8) -> Any:
     """What the float model shows on calibration prompts."""
-    quantizer = pq_fx.prepare(model, pq_fx.QuantConfig("int4", calibration_rows=rows))
-    text = load_prompts("calibration").take(prompts).embeddings
-    with quantizer.calibrate():
-        sample(model, text, steps, 7919, batch_size=32)
-    return quantizer.statistics()
+    args = argparse.Namespace(rows=rows, calibration=prompts)
+    return fidelity.calibrated(model, args, steps=steps)
 
 
 @torch.no_grad()
@@ -86,7 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure this part's rows; see the module's docstring."""
     model = load_model(args.arch).to(args.device)
     pictures = fidelity.Pictures(
-        model, SimpleNamespace(images=args.images, steps=12, device=args.device)
+        model, argparse.Namespace(images=args.images, steps=12, device=args.device)
     )
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,

@@ -91,13 +91,13 @@ class Pictures:
         }
 
 
-def calibrated(model: nn.Module, args: argparse.Namespace, seed: int = 7919) -> Any:
+def calibrated(model: nn.Module, args: argparse.Namespace, seed: int = 7919, steps: int = 8) -> Any:
     """Statistics of the float model on the calibration prompts."""
     config = pq_fx.QuantConfig("int4", calibration_rows=args.rows)
     quantizer = pq_fx.prepare(model, config)
     prompts = load_prompts("calibration").take(args.calibration).embeddings
     with quantizer.calibrate():
-        sample(model, prompts, 8, seed, batch_size=32)
+        sample(model, prompts, steps, seed, batch_size=32)
     return quantizer.statistics()
 
 
