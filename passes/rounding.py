@@ -279,8 +279,8 @@ def _scale(
     # All ratios at once: a GPU is kept busy by one launch instead of sixteen.
     clip = ratios.view(-1, 1, 1, 1)
     step = max(1, _SEARCHED // (len(ratios) * part.shape[1]))
-    # Powers of two are compared by errors, others made of one number a group.
-    pieces = part.split(step if fmt.scale == "pow2" else len(part))
+    # These rules compare errors of elements, the others take one number a group.
+    pieces = part.split(step if fmt.scale in ("pow2", "4over6") else len(part))
     scales = [
         group_scales(p.expand(len(ratios), *p.shape), fmt, global_scale, clip) for p in pieces
     ]
