@@ -20,13 +20,7 @@ from torch import Tensor
 
 from pq_fx.errors import FormatError
 from pq_fx.kernels.formats import Format
-from pq_fx.kernels.scale_rules import (
-    E4M3_TINY,
-    SCALE_FLOOR,
-    group_scale,
-    nvfp4_global_scale,
-    scaled_groups,
-)
+from pq_fx.kernels.scale_rules import group_scale, nvfp4_global_scale, scaled_groups
 from pq_fx.kernels.values import (
     E4M3_MAX,
     ROW_SCALE_FLOOR,
@@ -46,10 +40,8 @@ NVFP4_CLIP_RATIOS: tuple[float, ...] = (1.0, 1.5)
 
 __all__ = [
     "E4M3_MAX",
-    "E4M3_TINY",
     "NVFP4_CLIP_RATIOS",
     "ROW_SCALE_FLOOR",
-    "SCALE_FLOOR",
     "WEIGHT_CLIP_RATIOS",
     "Quantized",
     "at_scales",

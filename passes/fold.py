@@ -51,8 +51,7 @@ def fold_tensors(
     """For each axis of the region, the index tensor (int64) that reorders it; identities are left out.
 
     `tensors` maps the region's parameters to tensors, on whose devices the indices are (None: the CPU); nothing is
-    changed here. Raises GraphError when
-    `perm` is not a permutation, or moves a channel out of its block.
+    changed here. Raises GraphError when `perm` is not a permutation, or moves a channel out of its block.
     """
     check_permutation(perm, region.blocks.size)
     if (

@@ -54,7 +54,7 @@ class Sample:
         if self.balance is not None:
             rows.sub_(self.balance[0]).div_(self.balance[1])
         if self.order is not None:
-            for some in rows.split(128):
+            for some in rows.split(_ROWS):
                 some.copy_(some[:, self.order])
         return rows if self.smooth is None else rows.mul_(self.smooth)
 

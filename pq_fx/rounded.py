@@ -221,11 +221,7 @@ def rounded(layers: Sequence[Layer], weights: Sequence[EditedRows], rows: Rows) 
     ]
 
 
-def _rounded(
-    layer: Layer,
-    weights: Sequence[Weight],
-    rows: Rows,
-) -> Packed:
+def _rounded(layer: Layer, weights: Sequence[Weight], rows: Rows) -> Packed:
     """Several weights are few enough rows for one part."""
     fmt, recipe, branch = layer.weight_format, layer.config.recipe, None
     if recipe.low_rank and not layer.one_row:
